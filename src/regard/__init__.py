@@ -1,0 +1,48 @@
+"""regard: every attention mechanism behind one PyTorch interface.
+
+``attention`` computes one by name, ``create`` builds it, ``catalogue`` lists all, ``retrofit`` puts it into a live model,
+``capture`` looks inside a model, ``compare`` measures what mechanisms cost and change. Nothing loads until it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "attention": "regard.functional",
+    "build": "regard.registry",
+    "capture": "regard.inspect.capture",
+    "catalogue": "regard.registry",
+    "compare": "regard.bench.compare",
+    "create": "regard.registry",
+    "describe": "regard.registry",
+    "register": "regard.registry",
+    "retrofit": "regard.retrofit",
+    "use_backend": "regard.kernels",
+    "Mechanism": "regard.mechanism",
+}
+
+__all__ = [*_HOMES]
+
+if TYPE_CHECKING:
+    from regard.functional import attention as attention
+    from regard.kernels import use_backend as use_backend
+    from regard.mechanism import Mechanism as Mechanism
+    from regard.registry import build as build
+    from regard.registry import catalogue as catalogue
+    from regard.registry import create as create
+    from regard.registry import describe as describe
+    from regard.registry import register as register
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'regard' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,1 @@
+"""Attention on feature maps ``(batch, channels, *space)``. One file a paper."""

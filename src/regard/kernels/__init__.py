@@ -1,0 +1,28 @@
+"""The executors: the only place where speed is written.
+
+Each has one plain reference form and fast forms behind ``backend="auto"``; all agree in value and gradient.
+"""
+
+from regard.kernels.backends import current_backend, use_backend
+from regard.kernels.block_sparse import block_sparse_attention
+from regard.kernels.dense import dense_attention, masked_softmax
+from regard.kernels.linear import LinearState, linear_attention, linear_step
+from regard.kernels.merge import merge_attentions
+from regard.kernels.shapes import accumulation_dtype, expand_groups, score_scale
+from regard.kernels.token_sparse import token_sparse_attention
+
+__all__ = [
+    "LinearState",
+    "accumulation_dtype",
+    "block_sparse_attention",
+    "current_backend",
+    "dense_attention",
+    "expand_groups",
+    "linear_attention",
+    "linear_step",
+    "masked_softmax",
+    "merge_attentions",
+    "score_scale",
+    "token_sparse_attention",
+    "use_backend",
+]

@@ -1,0 +1,41 @@
+"""Which form of an executor runs: ``backend="auto"`` per call, or a context manager for all calls inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from regard.errors import BackendError
+
+__all__ = ["current_backend", "resolve", "use_backend"]
+
+_current: ContextVar[str] = ContextVar("regard_backend", default="auto")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every kernel inside with this form where it has it, e.g. ``"reference"``; others keep ``"auto"``."""
+    token = _current.set(name)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_backend() -> str:
+    """The name that :func:`use_backend` set, else ``"auto"``."""
+    return _current.get()
+
+
+def resolve(kernel: str, requested: str | None, forms: Sequence[str]) -> str:
+    """The form to run: what the call asks for, else what the context says, else ``"auto"``.
+
+    A call that names a form the kernel lacks is an error; a context that does is not, since it speaks to many kernels.
+    """
+    if requested is not None and requested != "auto":
+        if requested not in forms:
+            raise BackendError(f"{kernel} has no backend {requested!r}. It has: auto, {', '.join(forms)}.")
+        return requested
+    name = current_backend()
+    return name if requested is None and name in forms else "auto"

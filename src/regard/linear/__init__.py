@@ -1,0 +1,1 @@
+"""Mechanisms whose cost grows linearly with length. One file a paper."""

@@ -1,0 +1,1 @@
+"""Local mechanisms: windows, neighbourhoods, partitions. One file a paper."""

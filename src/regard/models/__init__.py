@@ -1,0 +1,1 @@
+"""Backbones and task models, built from hosts and mechanisms."""

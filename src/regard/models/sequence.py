@@ -1,0 +1,93 @@
+"""A small transformer over tokens whose attention is any mechanism or layer: the test bed of the small experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from regard.errors import OptionError, ShapeError
+from regard.masks import Mask
+from regard.nn import TransformerBlock, make_attention
+
+__all__ = ["SequenceModel"]
+
+
+class SequenceModel(nn.Module):
+    """Tokens ``(batch, length)`` int64 (or vectors ``(batch, length, input_dim)``) to logits.
+
+    mechanism: one name for all layers, or one per layer. options: of the mechanism (one mapping for all, or per layer).
+    positions: ``"rotary"`` (mechanisms only), ``"learned"`` or ``"none"``. pool: ``"none"`` gives ``(batch, length,
+    num_classes)``, ``"mean"`` and ``"last"`` give ``(batch, num_classes)``.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        vocab_size: int | None = None,
+        input_dim: int | None = None,
+        embed_dim: int = 64,
+        depth: int = 2,
+        num_heads: int = 4,
+        mechanism: str | Sequence[str] = "full",
+        options: dict[str, Any] | Sequence[dict[str, Any]] | None = None,
+        causal: bool = True,
+        positions: str = "rotary",
+        max_length: int = 2048,
+        mlp_ratio: float = 4.0,
+        pool: str = "none",
+        grid: tuple[int, ...] | None = None,
+        num_kv_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        if (vocab_size is None) == (input_dim is None):
+            raise OptionError("Give vocab_size for tokens or input_dim for vectors, one of the two.")
+        if positions not in ("rotary", "learned", "none") or pool not in ("none", "mean", "last"):
+            raise OptionError(f"positions={positions!r} or pool={pool!r} is not one of the documented choices.")
+        names = [mechanism] * depth if isinstance(mechanism, str) else list(mechanism)
+        settings = [options or {}] * depth if options is None or isinstance(options, dict) else list(options)
+        if len(names) != depth or len(settings) != depth:
+            raise OptionError(f"Need one mechanism and one options mapping per layer ({depth}).")
+        self.causal, self.pool, self.grid = causal, pool, grid
+        self.embed: nn.Module = (
+            nn.Embedding(vocab_size, embed_dim) if vocab_size else nn.Linear(cast(int, input_dim), embed_dim)
+        )
+        self.positions = nn.Parameter(torch.zeros(max_length, embed_dim)) if positions == "learned" else None
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=0.02)
+        self.blocks = nn.ModuleList()
+        for index, (name, setting) in enumerate(zip(names, settings, strict=True)):
+            keywords: dict[str, Any] = {"layer_index": index, "num_layers": depth, **setting}
+            if positions == "rotary":
+                keywords.setdefault("rotary", True)
+            if num_kv_heads is not None:
+                keywords["num_kv_heads"] = num_kv_heads
+            self.blocks.append(
+                TransformerBlock(embed_dim, make_attention(name, embed_dim, num_heads, **keywords), mlp_ratio)
+            )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes)
+
+    def forward(self, x: Tensor, *, mask: Mask | None = None) -> Tensor:
+        """Logits, per position or pooled."""
+        hidden = self.embed(x)
+        if self.positions is not None:
+            if hidden.shape[1] > len(self.positions):
+                raise ShapeError(f"{hidden.shape[1]} tokens exceed max_length {len(self.positions)}.")
+            hidden = hidden + self.positions[: hidden.shape[1]]
+        call: dict[str, Any] = {"causal": self.causal}
+        if mask is not None:
+            call["mask"] = mask
+        if self.grid is not None:
+            call["grid"] = self.grid
+        for block in self.blocks:
+            hidden = block(hidden, **call)
+        hidden = self.norm(hidden)
+        if self.pool == "mean":
+            hidden = hidden.mean(1)
+        elif self.pool == "last":
+            hidden = hidden[:, -1]
+        return cast(Tensor, self.head(hidden))

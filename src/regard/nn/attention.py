@@ -1,0 +1,167 @@
+"""Multi-head attention with a pluggable mechanism: the projections around ``(query, key, value)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from regard.errors import OptionError, RetrofitError, ShapeError
+from regard.layers.rotary import apply_rotary, rotary_angles
+from regard.masks import KeyPadding, Mask
+from regard.mechanism import Layer, Mechanism
+from regard.registry import build, get
+
+__all__ = ["MultiHeadAttention", "make_attention"]
+
+
+class MultiHeadAttention(nn.Module):
+    """Project, attend by a mechanism, project back: ``(batch, length, embed_dim)`` in and out.
+
+    mechanism: a name (its options follow as keywords) or a built :class:`~regard.mechanism.Mechanism`.
+    num_kv_heads: key/value heads, dividing ``num_heads`` (default: equal). kdim, vdim: channels of the context, for
+    cross-attention. rotary: rotary positions on queries and keys (Su et al., 2021, arXiv 2104.09864).
+    dropout: of the output of the mechanism's heads before the output projection.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        mechanism: str | Mechanism = "full",
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        bias: bool = True,
+        rotary: bool = False,
+        dropout: float = 0.0,
+        layer_index: int = 0,
+        num_layers: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and embed_dim % num_heads:
+            raise OptionError(
+                f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}; choose another or give head_dim."
+            )
+        self.embed_dim, self.num_heads = embed_dim, num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_dim = head_dim or embed_dim // num_heads
+        if num_heads % self.num_kv_heads:
+            raise OptionError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {num_heads}.")
+        self.rotary = rotary
+        width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.query = nn.Linear(embed_dim, width, bias=bias)
+        self.key = nn.Linear(kdim or embed_dim, kv_width, bias=bias)
+        self.value = nn.Linear(vdim or embed_dim, kv_width, bias=bias)
+        self.out = nn.Linear(width, embed_dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+        if isinstance(mechanism, str):
+            built = build(
+                mechanism,
+                options,
+                num_heads=num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                layer_index=layer_index,
+                num_layers=num_layers,
+            )
+            if not isinstance(built, Mechanism):
+                raise OptionError(f"{mechanism!r} brings its own projections; use regard.nn.make_attention for it.")
+            mechanism = built
+        elif options:
+            raise OptionError(
+                f"Options {sorted(options)} belong to a mechanism's name; the one passed is built already."
+            )
+        self.mechanism = mechanism
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.MultiheadAttention, mechanism: str | Mechanism = "full", **options: Any
+    ) -> MultiHeadAttention:
+        """The same weights as a ``torch.nn.MultiheadAttention``, around another mechanism."""
+        if module.bias_k is not None or module.add_zero_attn:
+            raise RetrofitError("add_bias_kv and add_zero_attn of nn.MultiheadAttention are not supported.")
+        host = cls(
+            module.embed_dim,
+            module.num_heads,
+            mechanism,
+            kdim=module.kdim,
+            vdim=module.vdim,
+            bias=module.in_proj_bias is not None,
+            dropout=0.0,
+            **options,
+        )
+        if module.in_proj_weight is not None:
+            weights = module.in_proj_weight.chunk(3)
+        else:
+            weights = tuple(cast(Tensor, w) for w in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight))
+        with torch.no_grad():
+            for linear, weight in zip((host.query, host.key, host.value), weights, strict=True):
+                linear.weight.copy_(weight)
+            if module.in_proj_bias is not None:
+                for linear, bias in zip((host.query, host.key, host.value), module.in_proj_bias.chunk(3), strict=True):
+                    linear.bias.copy_(bias)
+            host.out.weight.copy_(module.out_proj.weight)
+            if module.out_proj.bias is not None:
+                host.out.bias.copy_(module.out_proj.bias)
+        return host.to(module.out_proj.weight.device, module.out_proj.weight.dtype)
+
+    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Query ``(batch, num_heads, length, head_dim)``, key and value ``(batch, num_kv_heads, ...)``."""
+        source = x if context is None else context
+
+        def heads(tensor: Tensor, count: int) -> Tensor:
+            return tensor.unflatten(-1, (count, self.head_dim)).transpose(1, 2)
+
+        query = heads(self.query(x), self.num_heads)
+        key, value = heads(self.key(source), self.num_kv_heads), heads(self.value(source), self.num_kv_heads)
+        if self.rotary:
+            q_len, k_len = query.shape[2], key.shape[2]
+            cos, sin = rotary_angles(k_len, self.head_dim, device=x.device, dtype=x.dtype)
+            query = apply_rotary(query, cos[k_len - q_len :], sin[k_len - q_len :])
+            key = apply_rotary(key, cos, sin)
+        return query, key, value
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        causal: bool = False,
+        mask: Mask | Tensor | None = None,
+        key_padding: Tensor | None = None,
+        grid: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Attend within ``x`` ``(batch, length, embed_dim)``, or from ``x`` to ``context`` ``(batch, k_len, kdim)``.
+
+        key_padding: boolean ``(batch, k_len)``, True for real tokens (torch's ``key_padding_mask`` is its opposite).
+        """
+        if x.dim() != 3:
+            raise ShapeError(f"MultiHeadAttention takes (batch, length, embed_dim), got {tuple(x.shape)}.")
+        if key_padding is not None:
+            if isinstance(mask, Tensor):
+                raise OptionError("Give key_padding and a regard mask, or put both into one mask tensor.")
+            padding = KeyPadding(key_padding)
+            mask = padding if mask is None else mask & padding
+        query, key, value = self.project(x, context)
+        out = self.mechanism(query, key, value, causal=causal, mask=mask, grid=grid)
+        return cast(Tensor, self.out(self.dropout(out.transpose(1, 2).flatten(2))))
+
+
+def make_attention(name: str, embed_dim: int, num_heads: int, **options: Any) -> nn.Module:
+    """``(batch, length, embed_dim)`` in and out for any name: a layer as it is, a mechanism inside its host.
+
+    Keywords that :class:`MultiHeadAttention` takes go to it, the others to the mechanism or layer.
+    """
+    if issubclass(get(name), Layer):
+        context = {k: options.pop(k) for k in ("layer_index", "num_layers", "num_kv_heads") if k in options}
+        for host_only in ("rotary", "dropout"):
+            if options.get(host_only) in (False, 0.0):
+                options.pop(host_only)
+        return build(name, options, embed_dim=embed_dim, num_heads=num_heads, **context)
+    return MultiHeadAttention(embed_dim, num_heads, name, **options)

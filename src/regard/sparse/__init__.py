@@ -1,0 +1,1 @@
+"""Mechanisms that choose blocks or tokens by content. One file a paper."""
