@@ -40,7 +40,8 @@ def attention(
                 f"{mechanism!r} is a {type(built).__name__} with its own projections, not a mechanism on (query, key, "
                 "value); build it with regard.create and call it on its own input."
             )
-        built.to(device=query.device, dtype=query.dtype)
+        if query.is_floating_point():
+            built.to(device=query.device, dtype=query.dtype)
         mechanism = built
     elif options:
         raise OptionError(f"Options {sorted(options)} belong to a name; the module passed already has its own.")

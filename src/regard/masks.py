@@ -564,11 +564,15 @@ class Neighborhood(Mask):
         self._check(q_len, k_len)
         possible = certain = torch.ones(len(q_blocks), len(k_blocks), dtype=torch.bool, device=q_blocks.device)
         for length, step, dilation, start, stop in self._axes(q_blocks.device):
-            x, (k_min, k_max) = (q_blocks // step) % length, _extent((k_blocks // step) % length)
-            (start_min, start_max), (stop_min, stop_max) = _extent(start[x]), _extent(stop[x])
+            x, y = (q_blocks // step) % length, (k_blocks // step) % length
+            (start_min, start_max), (stop_min, stop_max), (k_min, k_max) = (_extent(t) for t in (start[x], stop[x], y))
             possible = possible & (k_max >= start_min[:, None]) & (k_min < stop_max[:, None])
             inside = (k_min >= start_max[:, None]) & (k_max < stop_min[:, None])
-            certain = certain & (inside if dilation == 1 else torch.zeros_like(inside))
+            if dilation > 1:
+                (q_low, q_high), (k_low, k_high) = _extent(x % dilation), _extent(y % dilation)
+                possible = possible & (k_high >= q_low[:, None]) & (k_low <= q_high[:, None])
+                inside = inside & (k_high <= q_low[:, None]) & (k_low >= q_high[:, None])
+            certain = certain & inside
         return _plain(possible, certain)
 
 

@@ -69,7 +69,7 @@ class Request:
 class Traits:
     """What a mechanism says of itself; the conformance suite checks that it is true."""
 
-    key: ClassVar[str] = ""
+    registered_name: ClassVar[str] = ""
     """Its name in the registry."""
     patterns: ClassVar[frozenset[Pattern]] = ALL_PATTERNS
     """Which of the four attention patterns it defines; the others raise :class:`UnsupportedPatternError`."""
@@ -84,12 +84,14 @@ class Traits:
     needs_grid: ClassVar[bool] = False
     """Whether a call without ``grid`` is refused (with a ShapeError)."""
     true_gradient: ClassVar[bool] = True
-    """Whether its gradient is the derivative of its output (False: straight-through or stopped, by the paper's design)."""
+    """Whether its gradient is the derivative of its output (False: straight-through or stopped, by the paper's
+    design)."""
 
 
 @dataclass
 class KeyValueState:
-    """Decoding state of mechanisms that keep past keys and values: ``(batch, kv_heads, tokens, dim)`` or None at first."""
+    """Decoding state of mechanisms that keep past keys and values: ``(batch, kv_heads, tokens, dim)`` or None at
+    first."""
 
     key: Tensor | None = None
     value: Tensor | None = None
@@ -102,8 +104,8 @@ class KeyValueState:
 
 
 class Mechanism(nn.Module, Traits):
-    """Attention on ``query (batch, num_heads, q_len, head_dim)``, ``key (batch, kv_heads, k_len, head_dim)`` and ``value
-    (batch, kv_heads, k_len, value_dim)``, as in ``scaled_dot_product_attention``.
+    """Attention on ``query (batch, num_heads, q_len, head_dim)``, ``key (batch, kv_heads, k_len, head_dim)`` and
+    ``value (batch, kv_heads, k_len, value_dim)``, as in ``scaled_dot_product_attention``.
 
     Constructor arguments named ``num_heads``, ``num_kv_heads``, ``head_dim``, ``layer_index`` and ``num_layers`` are
     filled in by hosts and by retrofit from the model; all others are options and have defaults.
@@ -166,7 +168,7 @@ class Mechanism(nn.Module, Traits):
         """
         if not self.value_linear:
             raise UnsupportedPatternError(
-                f"{self.key or type(self).__name__} is not linear in the values, so it implies no attention matrix."
+                f"{self.registered_name or type(self).__name__} is not linear in the values, so it implies no attention matrix."
             )
         probe = key.new_empty(*key.shape[:3], 0) if value is None else value
         request = self.request(query, key, probe, causal, mask, grid, scale)
@@ -220,7 +222,7 @@ class Mechanism(nn.Module, Traits):
     def _require_decoding(self) -> None:
         if not self.decodes:
             raise UnsupportedPatternError(
-                f"{self.key or type(self).__name__} cannot decode step by step; run its parallel form on the whole "
+                f"{self.registered_name or type(self).__name__} cannot decode step by step; run its parallel form on the whole "
                 "sequence, or choose a mechanism with decodes=True."
             )
 
@@ -236,7 +238,7 @@ class Mechanism(nn.Module, Traits):
     ) -> Request:
         """Validate a call in one place."""
         _check_tensors(query, key, value)
-        name = self.key or type(self).__name__
+        name = self.registered_name or type(self).__name__
         q_len, k_len = query.shape[2], key.shape[2]
         cross = q_len != k_len
         pattern: Pattern = ("causal-cross" if cross else "causal-self") if causal else ("cross" if cross else "self")
@@ -342,7 +344,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ShapeError(f"Key and value lengths differ: {shapes}.")
     if query.shape[3] != key.shape[3]:
         raise ShapeError(
-            f"Query and key head_dim differ: {shapes}. Was a tensor (batch, length, heads, head_dim)? Transpose 1 and 2."
+            f"Query and key head_dim differ: {shapes}. Is one (batch, length, heads, head_dim)? Then transpose 1 and 2."
         )
     if not query.shape[2] or not key.shape[2]:
         raise ShapeError(f"Attention needs at least one query and one key: {shapes}.")

@@ -34,7 +34,7 @@ def register(name: str) -> Callable[[M], M]:
         if known is not None and known.__qualname__ != cls.__qualname__:
             raise OptionError(f"{name!r} is already registered for {known.__qualname__}; choose another name.")
         _classes[name] = cls
-        cls.key = name  # type: ignore[attr-defined]
+        cls.registered_name = name  # type: ignore[attr-defined]
         return cls
 
     return decorate

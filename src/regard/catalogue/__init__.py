@@ -1,8 +1,9 @@
 """The papers as data: one ``[[paper]]`` table each (``[[mechanism]]`` for what is no paper's) in ``<home>.toml``.
 
 Fields: ``key``, ``title``, ``year``, ``arxiv``, ``home``, ``kind``, ``module`` (where the class is registered),
-``symbols`` (everything delivered for the paper, dotted), ``summary`` (one sentence), ``formula`` (plain text), ``claim``,
-``example`` (options for a small input of some dozens of tokens, used by pictures and by the conformance suite).
+``symbols`` (everything delivered for the paper, dotted), ``summary`` (one sentence), ``formula`` (plain text),
+``claim``, ``example`` (options for an input of some dozens of tokens, used by pictures and by the conformance suite),
+``compare`` (options for some thousands of tokens, where the paper's own are made for longer texts).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Entry:
     formula: str = ""
     claim: str = ""
     example: Mapping[str, Any] = field(default_factory=dict)
+    compare: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def paper(self) -> bool:

@@ -7,8 +7,6 @@ plain matrix products, recomputed in a hand-written backward pass; memory grows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from regard.errors import BackendError, ShapeError
 from regard.kernels.backends import resolve
+from regard.kernels.block_plan import Group, Plan, plan_of
 from regard.kernels.dense import dense_attention
 from regard.kernels.shapes import accumulation_dtype, score_scale
 from regard.layout import BlockLayout
@@ -26,9 +25,6 @@ from regard.masks import Boolean
 __all__ = ["block_sparse_attention"]
 
 FORMS = ("reference", "gather", "flex")
-
-# Scores of one group stay below this many elements, so that they live in the cache between the two products.
-_GROUP = 1 << 20
 
 
 def block_sparse_attention(
@@ -85,61 +81,9 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale:
     )
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Query blocks that are computed together, with their key blocks."""
-
-    queries: Tensor  # (rows,) index of each query block among all (batch, head, block)
-    keys: Tensor  # (rows, slots) index of each key block among all (batch, kv head, block)
-    empty: Tensor | None  # (rows, slots), True where a slot only fills up the group
-    partial: tuple[Tensor, Tensor]  # row and slot of each block that needs a mask inside
-    hidden: Tensor | None  # (partial blocks, block_q, block_k), True where a pair is not seen
-
-
-def _groups(layout: BlockLayout, batch: int, heads: int, kv_heads: int) -> Iterator[_Group]:
-    """Query blocks sorted by how many key blocks they visit, cut so that a group's scores stay small."""
-    nq, nk = layout.visit.shape[-2:]
-    device = layout.visit.device
-    visit = layout.visit.expand(batch, heads, nq, nk).reshape(-1, nk)
-    masked = layout.partial
-    if layout.k_len % layout.block_k:
-        masked = masked.clone()
-        masked[..., -1] |= layout.visit[..., -1]
-    masked = masked.expand(batch, heads, nq, nk).reshape(-1, nk)
-    counts = visit.sum(-1)
-    order = counts.argsort(stable=True)
-    sorted_counts = counts[order].tolist()
-    rule = layout.mask.mod(layout.q_len, layout.k_len)
-    one_batch, one_head = layout.mask.batch == 1, layout.mask.heads == 1
-    start = next((i for i, count in enumerate(sorted_counts) if count), len(sorted_counts))
-    while start < len(sorted_counts):
-        stop = start + 1
-        while stop < len(sorted_counts):
-            area = (stop + 1 - start) * sorted_counts[stop] * layout.block_q * layout.block_k
-            if area > _GROUP or sorted_counts[stop] > 1.25 * sorted_counts[start] + 1:
-                break
-            stop += 1
-        rows, slots = order[start:stop], sorted_counts[stop - 1]
-        chosen = visit[rows].to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :slots]
-        empty = torch.arange(slots, device=device) >= counts[rows][:, None]
-        head = rows // nq
-        kv_row = (head // heads) * kv_heads + (head % heads) // (heads // kv_heads)
-        row, slot = (masked[rows].gather(1, chosen) & ~empty).nonzero(as_tuple=True)
-        hidden = None
-        if row.numel():
-            token_q = (rows[row] % nq)[:, None] * layout.block_q + torch.arange(layout.block_q, device=device)
-            token_k = chosen[row, slot][:, None] * layout.block_k + torch.arange(layout.block_k, device=device)
-            at = head[row][:, None, None]
-            hidden = ~rule(
-                torch.zeros_like(at) if one_batch else at // heads,
-                torch.zeros_like(at) if one_head else at % heads,
-                token_q.clamp_max(layout.q_len - 1)[:, :, None],
-                token_k.clamp_max(layout.k_len - 1)[:, None],
-            ) | (token_k >= layout.k_len)[:, None]
-        yield _Group(
-            rows, kv_row[:, None] * nk + chosen, empty if bool(empty.any()) else None, (row, slot), hidden
-        )
-        start = stop
+def _area(device: torch.device) -> int:
+    """Pairs of one group: on a CPU its scores stay in the cache of each core between the two products."""
+    return (1 << 17) * torch.get_num_threads() if device.type == "cpu" else 1 << 24
 
 
 def _blocks(tensor: Tensor, block: int, dtype: torch.dtype) -> Tensor:
@@ -149,20 +93,20 @@ def _blocks(tensor: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     return padded.to(dtype).reshape(-1, block, tensor.shape[-1])
 
 
-def _scores(group: _Group, queries: Tensor, keys: Tensor, block_k: int) -> Tensor:
+def _scores(layout: BlockLayout, plan: Plan, group: Group, queries: Tensor, keys: Tensor) -> Tensor:
     """Masked scores ``(rows, block_q, slots * block_k)``; queries are already scaled."""
     scores = queries @ keys.transpose(-1, -2)
-    tiles = scores.view(*scores.shape[:2], -1, block_k)
-    if group.hidden is not None:
+    tiles = scores.view(*scores.shape[:2], -1, layout.block_k)
+    if len(group.tiles):
         row, slot = group.partial
-        tiles[row, :, slot] = tiles[row, :, slot].masked_fill(group.hidden, float("-inf"))
+        tiles[row, :, slot] = tiles[row, :, slot].masked_fill_(~plan.visible(layout, group.tiles), float("-inf"))
     if group.empty is not None:
         tiles.masked_fill_(group.empty[:, None, :, None], float("-inf"))
     return scores
 
 
 def _take(blocks: Tensor, index: Tensor) -> Tensor:
-    return blocks[index.flatten()].view(len(index), -1, blocks.shape[-1])
+    return blocks.index_select(0, index.flatten()).view(len(index), -1, blocks.shape[-1])
 
 
 class _Gather(torch.autograd.Function):
@@ -177,8 +121,9 @@ class _Gather(torch.autograd.Function):
         keys, values = _blocks(key, layout.block_k, work), _blocks(value, layout.block_k, work)
         out = queries.new_zeros(*queries.shape[:2], value.shape[-1])
         lse = queries.new_full(queries.shape[:2], float("-inf"))
-        for group in _groups(layout, batch, heads, key.shape[1]):
-            scores = _scores(group, queries[group.queries], _take(keys, group.keys), layout.block_k)
+        plan = plan_of(layout)
+        for group in plan.groups(layout, batch, heads, key.shape[1], _area(query.device)):
+            scores = _scores(layout, plan, group, queries[group.queries], _take(keys, group.keys))
             top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(work).min)
             weights = scores.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
@@ -204,10 +149,11 @@ class _Gather(torch.autograd.Function):
         lses = _blocks(torch.where(lse.isfinite(), lse, 0)[..., None], layout.block_q, work)
         grad_queries = torch.zeros_like(queries)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for group in _groups(layout, batch, heads, key.shape[1]):
+        plan = plan_of(layout)
+        for group in plan.groups(layout, batch, heads, key.shape[1], _area(query.device)):
             queries_here, grads_here = queries[group.queries], grads[group.queries]
             keys_here, values_here = _take(keys, group.keys), _take(values, group.keys)
-            weights = _scores(group, queries_here, keys_here, layout.block_k).sub_(lses[group.queries]).exp_()
+            weights = _scores(layout, plan, group, queries_here, keys_here).sub_(lses[group.queries]).exp_()
             flat = group.keys.flatten()
             grad_values.index_add_(
                 0, flat, (weights.transpose(-1, -2) @ grads_here).view(-1, layout.block_k, values.shape[-1])

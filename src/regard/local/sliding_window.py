@@ -2,8 +2,8 @@
 
 Each query sees the keys nearer than ``window`` and, whatever their distance, the first ``sinks`` keys, which trained
 models use as a resting place of attention: Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
-2023, arXiv 2309.17453, section 3.2. Positions are those of the tokens themselves (StreamingLLM re-counts them inside its
-cache, which matters only beyond the trained length). Time ``O(N (window + sinks) d)``.
+2023, arXiv 2309.17453, section 3.2. Positions are those of the tokens themselves (StreamingLLM re-counts them inside
+its cache, which matters only beyond the trained length). Time ``O(N (window + sinks) d)``.
 """
 
 from __future__ import annotations

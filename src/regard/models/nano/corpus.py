@@ -1,7 +1,7 @@
 """The text nano is trained and measured on: the Python modules of the CPython standard library.
 
-Every Python carries this text, so the model, its baselines and its tests work on a bare machine. Modules are split by
-a hash of their path, so a module is in the same split on every machine and in every Python version.
+Every Python carries this text, so the model, its baselines and its tests work on a bare machine. Modules are
+split by a hash of their path, so a module is in the same split on every machine and in every Python version.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
+
+from regard.errors import OptionError
 
 Split = Literal["train", "held_out"]
 
@@ -51,14 +53,14 @@ def read_corpus(split: Split, root: Path | None = None) -> list[Module]:
     ``root`` is a folder of Python files that takes the place of the running Python's standard library.
     """
     if split not in get_args(Split):
-        raise ValueError(f"split is {split!r}; it must be one of {', '.join(map(repr, get_args(Split)))}.")
+        raise OptionError(f"split is {split!r}; it must be one of {', '.join(map(repr, get_args(Split)))}.")
     folder = Path(sysconfig.get_path("stdlib")) if root is None else root
     modules = list(_modules(folder))
     if root is None and len(modules) < _FEWEST_MODULES:
         raise FileNotFoundError(
             f"Found {len(modules)} Python files of the standard library in {folder}, expected at least "
-            f"{_FEWEST_MODULES}. This Python was installed without its sources (zipped, frozen or compiled only). "
-            "Use a full CPython, or pass root=, a folder that holds a copy of its Lib directory."
+            f"{_FEWEST_MODULES}. This Python was installed without its sources (zipped, frozen or compiled "
+            "only). Use a full CPython, or pass root=, a folder that holds a copy of its Lib directory."
         )
     if not modules:
         raise FileNotFoundError(f"Found no Python files in {folder}. Pass root=, a folder with *.py files.")

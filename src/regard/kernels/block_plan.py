@@ -1,0 +1,142 @@
+"""A block layout as lists: which key blocks each query block visits, and the mask inside partial blocks, evaluated once.
+
+A plan depends on the layout alone, so it is made at the first use of a layout and kept as long as the layout lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from regard.layout import BlockLayout
+
+__all__ = ["Group", "Plan", "plan_of"]
+
+# Masks inside partial blocks are kept when they take at most this many bytes, else evaluated a stretch at a time.
+_KEPT = 1 << 25
+
+
+@dataclass(frozen=True)
+class Group:
+    """Query blocks that are computed together, each with equally many key blocks."""
+
+    queries: Tensor  # (rows,) index of each query block among all (batch, head, block)
+    keys: Tensor  # (rows, slots) index of each key block among all (batch, kv head, block)
+    empty: Tensor | None  # (rows, slots), True where a slot only fills up the group
+    partial: tuple[Tensor, Tensor]  # row and slot of each block that needs a mask inside
+    tiles: Tensor  # (partial blocks,) which distinct mask each of them needs
+
+
+@dataclass(eq=False)
+class Plan:
+    """The visited blocks of a layout, row by row.
+
+    ``starts`` ``(batch * heads * num_q_blocks + 1,)``: where the list of each query block begins, for as many batches and
+    heads as the layout tells apart. ``columns``: the key blocks. ``tiles``: the number of the distinct mask inside each
+    of them, -1 for none. ``places`` ``(4, distinct masks)``: batch, head, query block and key block of each.
+    """
+
+    starts: Tensor
+    columns: Tensor
+    tiles: Tensor
+    places: Tensor
+    batch: int
+    heads: int
+    _kept: Tensor | None = None
+    _groups: dict[tuple[int, int, int, int], list[Group]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layout: BlockLayout) -> Plan:
+        """The lists of ``layout``; a short last key block counts as partial."""
+        visit, partial = layout.visit, layout.partial
+        nq, nk = visit.shape[-2:]
+        if layout.k_len % layout.block_k:
+            partial = partial.clone()
+            partial[..., -1] |= visit[..., -1]
+        rule_batch, rule_heads = (layout.mask.batch, layout.mask.heads) if bool(partial.any()) else (1, 1)
+        batch, heads = max(visit.shape[0], rule_batch), max(visit.shape[1], rule_heads)
+        needed = partial.expand(batch, heads, nq, nk)
+        needed = needed.any(0, keepdim=True) if rule_batch == 1 else needed
+        needed = needed.any(1, keepdim=True) if rule_heads == 1 else needed
+        number = torch.full(needed.shape, -1, dtype=torch.int32, device=visit.device)
+        places = needed.nonzero().T
+        number[needed] = torch.arange(places.shape[1], dtype=torch.int32, device=visit.device)
+        number = torch.where(partial, number, -1).expand(batch, heads, nq, nk)
+        wide = visit.expand(batch, heads, nq, nk)
+        counts = wide.flatten(0, 2).sum(-1)
+        starts = torch.zeros(len(counts) + 1, dtype=torch.int64, device=visit.device)
+        starts[1:] = counts.cumsum(0)
+        columns = torch.arange(nk, dtype=torch.int32, device=visit.device).expand_as(wide)[wide]
+        return cls(starts, columns, number[wide], places, batch, heads)
+
+    def visible(self, layout: BlockLayout, tiles: Tensor | None = None) -> Tensor:
+        """Boolean ``(masks, block_q, block_k)``: the pairs seen in these distinct masks (None: in all)."""
+        if self._kept is None and self.places.shape[1] * layout.block_q * layout.block_k <= _KEPT:
+            self._kept = _evaluate(layout, self.places)
+        if self._kept is not None:
+            return self._kept if tiles is None else self._kept.index_select(0, tiles)
+        if tiles is None:
+            return _evaluate(layout, self.places)
+        distinct, where = tiles.unique(return_inverse=True)
+        return _evaluate(layout, self.places[:, distinct])[where]
+
+    def groups(self, layout: BlockLayout, batch: int, heads: int, kv_heads: int, area: int) -> list[Group]:
+        """Query blocks sorted by how many key blocks they visit, cut so that a group has at most ``area`` pairs."""
+        key = (batch, heads, kv_heads, area)
+        if key not in self._groups:
+            self._groups.clear()
+            self._groups[key] = list(self._cut(layout, batch, heads, kv_heads, area))
+        return self._groups[key]
+
+    def _cut(self, layout: BlockLayout, batch: int, heads: int, kv_heads: int, area: int) -> Iterator[Group]:
+        nq, nk = layout.visit.shape[-2:]
+        device = self.starts.device
+        lists = torch.arange(self.batch * self.heads * nq, device=device).view(self.batch, self.heads, nq)
+        lists = lists.expand(batch, heads, nq).flatten()
+        counts = self.starts.diff()[lists]
+        order = counts.argsort(stable=True)
+        sizes = counts[order].tolist()
+        block = layout.block_q * layout.block_k
+        start = next((i for i, count in enumerate(sizes) if count), len(sizes))
+        while start < len(sizes):
+            stop = start + 1
+            while stop < len(sizes) and (stop + 1 - start) * sizes[stop] * block <= area:
+                if sizes[stop] > 1.25 * sizes[start] + 1:
+                    break
+                stop += 1
+            rows, slot = order[start:stop], torch.arange(sizes[stop - 1], device=device)
+            empty = slot >= counts[rows][:, None]
+            at = (self.starts[lists[rows]][:, None] + slot).masked_fill_(empty, 0)
+            head = rows.div(nq, rounding_mode="floor")
+            lane = head.div(heads, rounding_mode="floor") * kv_heads + (head % heads) // (heads // kv_heads)
+            tiles = self.tiles[at].masked_fill_(empty, -1)
+            row, column = (tiles >= 0).nonzero(as_tuple=True)
+            keys = lane[:, None] * nk + self.columns[at]
+            yield Group(rows, keys, empty if sizes[start] < len(slot) else None, (row, column), tiles[row, column])
+            start = stop
+
+
+def _evaluate(layout: BlockLayout, places: Tensor) -> Tensor:
+    batch, head, q_block, k_block = (place[:, None, None] for place in places)
+    device = places.device
+    query = q_block * layout.block_q + torch.arange(layout.block_q, device=device)[:, None]
+    key = k_block * layout.block_k + torch.arange(layout.block_k, device=device)
+    seen = layout.mask.mod(layout.q_len, layout.k_len)(
+        batch, head, query.clamp_max(layout.q_len - 1), key.clamp_max(layout.k_len - 1)
+    )
+    return seen.expand(places.shape[1], layout.block_q, layout.block_k) & (key < layout.k_len)
+
+
+_plans: WeakKeyDictionary[BlockLayout, Plan] = WeakKeyDictionary()
+
+
+def plan_of(layout: BlockLayout) -> Plan:
+    """The plan of ``layout``, made once."""
+    plan = _plans.get(layout)
+    if plan is None:
+        plan = _plans[layout] = Plan.of(layout)
+    return plan

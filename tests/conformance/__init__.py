@@ -1,0 +1,1 @@
+"""One table of all registered mechanisms, layers and features; one suite over it."""

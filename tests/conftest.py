@@ -1,0 +1,16 @@
+"""Settings for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> Iterator[None]:
+    """Every test starts from the same random state, whatever ran before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

@@ -1,0 +1,1 @@
+"""The executors: every form against explicit loops and against one another."""
