@@ -60,7 +60,7 @@ def test_module_registers_the_key(entry: Entry) -> None:
     importlib.import_module(str(entry.module))
     if entry.kind in ("mechanism", "layer", "feature"):
         cls = registry.get(entry.key)
-        assert cls.key == entry.key  # type: ignore[attr-defined]
+        assert cls.registered_name == entry.key  # type: ignore[attr-defined]
         assert registry.kind_of(cls) == entry.kind
         assert cls.__doc__, "the registered class says what it is"
 

@@ -33,7 +33,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_names_of_the_callers_own(own: str) -> None:
-    assert registry.get(own) is Mean and Mean.key == own
+    assert registry.get(own) is Mean and Mean.registered_name == own
     out = regard.attention(*(torch.ones(1, 2, 3, 4),) * 3, own)
     assert torch.equal(out, torch.ones(1, 2, 3, 4))
     with pytest.raises(UnknownNameError, match="own_mean"):

@@ -17,6 +17,7 @@ from regard.errors import MissingExtraError, OptionError, RegardError
 
 if TYPE_CHECKING:
     from regard.bench.compare import Comparison
+    from regard.catalogue import Entry
 
 __all__ = ["main"]
 
@@ -43,9 +44,10 @@ def main() -> None:
 @click.option("--kind", help="mechanism, layer, feature, ...")
 @click.option("--home", help="dense, local, sparse, linear, ...")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-def list_command(kind: str | None, home: str | None, as_json: bool) -> None:
+@click.option("--markdown", is_flag=True, help="As the table of the README.")
+def list_command(kind: str | None, home: str | None, as_json: bool, markdown: bool) -> None:
     """List what there is."""
-    from regard.registry import catalogue, get
+    from regard.registry import catalogue
 
     found = catalogue(kind, home)
     if not found:
@@ -55,18 +57,38 @@ def list_command(kind: str | None, home: str | None, as_json: bool) -> None:
             json.dumps([{"key": e.key, "title": e.title, "kind": e.kind, "home": e.home} for e in found], indent=1)
         )
         return
+    rows = [_facts(entry) for entry in found]
+    if markdown:
+        click.echo(markdown_table(rows))
+        return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("key", "home", "kind", "causal", "training", "growth", "evidence", "what it is"):
-        table.add_column(column, overflow="fold", ratio=1 if column == "what it is" else None)
-    for entry in found:
-        cls: Any = get(entry.key) if entry.module else None
-        causal = "yes" if cls is not None and "causal-self" in getattr(cls, "patterns", ()) else "no"
-        evidence = entry.evidence
-        shown = "" if evidence is None else "holds" if evidence["holds"] else "does not hold"
-        training = "" if cls is None else "needed" if getattr(cls, "needs_training", False) else "free"
-        growth = getattr(cls, "growth", "")
-        table.add_row(entry.key, entry.home, entry.kind, causal, training, growth, shown, entry.summary)
+    for column in rows[0]:
+        table.add_column(column, no_wrap=column != "what it is", overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
     console.print(table)
+
+
+def _facts(entry: Entry) -> dict[str, str]:
+    from regard.registry import get
+
+    cls: Any = get(entry.key) if entry.module else None
+    evidence = entry.evidence
+    return {
+        "key": entry.key,
+        "kind": entry.kind,
+        "causal": "yes" if "causal-self" in getattr(cls, "patterns", ()) else "no",
+        "training": "" if cls is None else "needed" if getattr(cls, "needs_training", False) else "free",
+        "growth": getattr(cls, "growth", ""),
+        "evidence": "" if evidence is None else "holds" if evidence["holds"] else "does not hold",
+        "what it is": entry.summary,
+    }
+
+
+def markdown_table(rows: list[dict[str, str]]) -> str:
+    """Rows with the same keys as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 @main.command()

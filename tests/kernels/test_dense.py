@@ -54,6 +54,23 @@ def looped(
     return torch.stack(out).view(batch, heads, q_len, -1), torch.stack(lse).view(batch, heads, q_len)
 
 
+def formula(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As :func:`looped`, all queries at once (and compared with it below)."""
+    group = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if bias is None else scores + bias
+    some = seen.any(-1, keepdim=True)
+    scores = scores.masked_fill(~seen, -math.inf)
+    top = torch.where(some, scores.detach().amax(-1, keepdim=True), 0)
+    weights = (scores - top).exp()
+    total = torch.where(some, weights.sum(-1, keepdim=True), 1)
+    lse = torch.where(some, total.log() + top, -math.inf)
+    return weights @ values / total, lse[..., 0]
+
+
 def rules(name: str) -> list[tuple[bool, Mask | None]]:
     batch, _, _, _, k_len, _, _ = SHAPES[name]
     valid = torch.rand(batch, k_len) < 0.6
@@ -87,12 +104,20 @@ def compare(actual: Tensor, expected: Tensor, leaves: tuple[Tensor, ...], tolera
 
 
 @pytest.mark.parametrize("name", SHAPES)
+def test_formula_is_the_loop(name: str) -> None:
+    for causal, mask in rules(name):
+        leaves, seen = tuple(t.detach() for t in inputs(name)), visible(name, causal, mask)
+        for actual, expected in zip(formula(*leaves, seen), looped(*leaves, seen), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "auto"])
 def test_forms_are_the_formula(name: str, backend: str) -> None:
     for causal, mask in rules(name):
         for scale in (None, 0.7):
             leaves = inputs(name)
-            expected, _ = looped(*leaves, visible(name, causal, mask), scale=scale)
+            expected, _ = formula(*leaves, visible(name, causal, mask), scale=scale)
             actual = dense_attention(*leaves, causal=causal, mask=mask, scale=scale, backend=backend)
             compare(actual, expected, leaves)
 
@@ -105,7 +130,7 @@ def test_bias(name: str, backend: str) -> None:
         bias = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         for causal, mask in rules(name):
             leaves = (*inputs(name), bias)
-            expected, _ = looped(*leaves[:3], visible(name, causal, mask), bias)
+            expected, _ = formula(*leaves[:3], visible(name, causal, mask), bias)
             actual = dense_attention(*leaves[:3], causal=causal, mask=mask, bias=bias, backend=backend)
             compare(actual, expected, leaves)
 
@@ -114,7 +139,7 @@ def test_bias(name: str, backend: str) -> None:
 def test_log_sum_exp(name: str) -> None:
     for causal, mask in rules(name):
         leaves = inputs(name)
-        expected = looped(*leaves, visible(name, causal, mask))
+        expected = formula(*leaves, visible(name, causal, mask))
         actual = dense_attention(*leaves, causal=causal, mask=mask, return_lse=True)
         torch.testing.assert_close(actual[1], expected[1], rtol=1e-10, atol=1e-10)
         finite = expected[1].isfinite()

@@ -18,7 +18,9 @@ from regard.sparse.moba import MoBAAttention, hybrid_schedule, moba_attention, m
 EXECUTORS = ("merged", "masked", "rows")
 
 
-def inputs(length: int, heads: int = 4, kv_heads: int = 2, dim: int = 8, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    length: int, heads: int = 4, kv_heads: int = 2, dim: int = 8, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(2, heads, length, dim, generator=generator, dtype=torch.float64)
     key = torch.randn(2, kv_heads, length, dim, generator=generator, dtype=torch.float64)
@@ -56,7 +58,9 @@ def test_all_blocks_is_causal_attention(executor: str) -> None:
     query, key, value = inputs(45)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     for top_k in (6, 50):
-        torch.testing.assert_close(moba_attention(query, key, value, 8, top_k, executor), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            moba_attention(query, key, value, 8, top_k, executor), expected, rtol=1e-10, atol=1e-10
+        )
 
 
 @pytest.mark.paper("moba")
@@ -89,7 +93,9 @@ def test_the_future_changes_neither_selection_nor_output() -> None:
     query, key, value = inputs(45)
     gate, out = moba_gate(query, key, 8), moba_attention(query, key, value, 8, 3)
     for t in (3, 15, 16, 30):
-        changed = [torch.cat((x[:, :, : t + 1], 5 * torch.randn_like(x[:, :, t + 1 :])), 2) for x in (query, key, value)]
+        changed = [
+            torch.cat((x[:, :, : t + 1], 5 * torch.randn_like(x[:, :, t + 1 :])), 2) for x in (query, key, value)
+        ]
         chosen = moba_select(moba_gate(changed[0], changed[1], 8), 3)
         assert torch.equal(chosen[:, :, : t + 1], moba_select(gate, 3)[:, :, : t + 1])
         torch.testing.assert_close(moba_attention(*changed, 8, 3)[:, :, : t + 1], out[:, :, : t + 1])

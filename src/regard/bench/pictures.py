@@ -144,7 +144,7 @@ def draw(name: str, length: int = 64, **options: Any) -> Figure:
     figure.suptitle(f"{name}: {entry.title}", fontsize=10)
     for index, weights in enumerate(maps):
         axes = figure.add_subplot(1, len(maps), index + 1)
-        axes.imshow(shade(weights), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(shade(weights).numpy(), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title("influence (all heads)" if influence else f"head {index}", fontsize=8)
         axes.set_xlabel("input position" if influence else "key", fontsize=8)
         if index == 0:

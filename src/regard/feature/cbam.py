@@ -6,12 +6,14 @@ Woo et al., "CBAM: Convolutional Block Attention Module", 2018, arXiv 1807.06521
     spatial  Ms = sigmoid(conv7x7([max_c F', mean_c F'])),          F'' = Ms * F'
 
 The MLP (C -> C/r -> ReLU -> C) is shared by the pools; the convolution has no bias and is followed by batch norm, as
-in the released code. In a residual block it acts on the branch before the addition. Cost: ``2 C^2 / r`` and ``2 k^n``
-per place.
+in the released code. In a residual block it acts on the branch before the addition. With the average pool alone and no
+spatial gate it is Squeeze-and-Excitation (Hu et al., 2017, arXiv 1709.01507). Cost in multiplications: ``2 C^2 / r`` for
+each pool, and ``2 k^n`` per place for the convolution over n axes of space.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
@@ -55,8 +57,7 @@ class ChannelGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The gate of ``x (batch, channels, *space)``."""
         flat = x.flatten(2)
-        logits = sum(self.mlp(_POOLS[pool](flat)) for pool in self.pools)
-        assert isinstance(logits, Tensor)
+        logits = torch.stack([self.mlp(_POOLS[pool](flat)) for pool in self.pools]).sum(0)
         return logits.sigmoid().reshape(*x.shape[:2], *(1,) * (x.dim() - 2))
 
 
@@ -66,7 +67,7 @@ class SpatialGate(nn.Module):
     def __init__(self, kernel_size: int = 7, dims: int = 2) -> None:
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0 or dims not in _CONVOLUTIONS:
-            raise OptionError(f"kernel_size is odd and dims 1, 2 or 3; got {kernel_size} and {dims}.")
+            raise OptionError(f"kernel_size must be odd and dims 1, 2 or 3; got {kernel_size} and {dims}.")
         self.convolution = _CONVOLUTIONS[dims](2, 1, kernel_size, padding=kernel_size // 2, bias=False)
         self.norm = _NORMS[dims](1, momentum=0.01)
 
@@ -81,8 +82,8 @@ class SpatialGate(nn.Module):
 class CBAM(Feature):
     """``(batch, channels, *space)`` in and out, with ``dims`` axes of space.
 
-    order: 'channel-first' (the paper's best), 'spatial-first', or 'parallel' (both gates from the input). use_spatial:
-    False leaves the channel gate alone.
+    reduction: of the channels in the MLP. order: 'channel-first' (the paper's best), 'spatial-first', or 'parallel'
+    (both gates from the input). pools: see :class:`ChannelGate`. use_spatial: False leaves the channel gate alone.
     """
 
     growth = "N"
@@ -135,48 +136,69 @@ class CBAM(Feature):
         return (out, channel, place) if return_gates else out
 
 
+class _Attached(nn.Sequential):
+    """What stood at the end of a block, and the module put behind it."""
+
+
 def attach(model: nn.Module, factory: Callable[[int], nn.Module] = CBAM) -> int:
     """Put ``factory(channels)`` behind the last batch norm of every residual branch of ``model``, in place.
 
-    Knows blocks with ``bn3`` or ``bn2`` (the usual ResNet and ResNeXt), those of transformers' ResNet (``layer`` beside
-    ``shortcut``) and inverted residuals with a ``conv`` sequence (MobileNet). Returns how many blocks got one; raises
-    RetrofitError where there is none.
+    Knows ResNet and ResNeXt blocks (``bn3`` or ``bn2``, as most libraries write them; ``layer`` beside ``shortcut``, as
+    transformers does) and MobileNet's inverted residuals of torchvision, timm and transformers; MobileNet V1 has no
+    branches, there it goes behind each pointwise unit that follows a depthwise one. Returns how many blocks got one.
+    Raises RetrofitError where there is none, or where they have one already.
     """
-    count = 0
-    for block in list(model.modules()):
-        last = next((name for name in ("bn3", "bn2") if isinstance(getattr(block, name, None), nn.BatchNorm2d)), None)
-        if last is not None and hasattr(block, "conv2"):
-            norm = getattr(block, last)
-            setattr(block, last, nn.Sequential(norm, _like(factory(norm.num_features), norm)))
-        elif (branch := _branch(block)) is not None:
-            norm = _last_norm(branch)
-            branch.append(_like(factory(norm.num_features), norm))
-        else:
-            continue
-        count += 1
-    if not count:
+    if any(isinstance(module, _Attached) for module in model.modules()):
+        raise RetrofitError("The blocks of this model have an attached module already; start from a fresh model.")
+    slots: list[tuple[nn.Module, str]] = []
+    inside: set[int] = set()
+    for block in model.modules():
+        found = [] if id(block) in inside else _slots(block)
+        if found:
+            slots += found
+            inside.update(id(module) for module in block.modules())
+    if not slots:
         raise RetrofitError(
-            f"{type(model).__name__} has no residual block this knows (bn2/bn3, layer + shortcut, inverted residual). "
-            "Put the module into the block by hand, behind its last batch norm."
+            f"{type(model).__name__} has no block this knows (bn2/bn3, layer + shortcut, inverted residual, depthwise "
+            "+ pointwise). Put the module into the block by hand, behind its last batch norm."
         )
-    return count
+    for block, name in slots:
+        end = getattr(block, name)
+        norms = [module for module in end.modules() if isinstance(module, nn.BatchNorm2d)]
+        if not norms:
+            raise RetrofitError(f"{name!r} of a {type(block).__name__} has no batch norm: its width is unknown.")
+        weight = norms[-1].weight
+        gate = factory(norms[-1].num_features).to(weight.device, weight.dtype).train(end.training)
+        setattr(block, name, _Attached(end, gate))
+    return len(slots)
 
 
-def _branch(block: nn.Module) -> nn.Sequential | None:
-    """The residual branch of blocks that keep it as one sequence."""
-    for name, mate in (("layer", "shortcut"), ("conv", "use_res_connect")):
-        branch = getattr(block, name, None)
-        if isinstance(branch, nn.Sequential) and hasattr(block, mate):
-            return branch
-    return None
+def _slots(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where in ``block`` the branch ends: a module and the attribute's name."""
+    for name, mates in (
+        ("bn3", ("conv2", "conv_pwl")),
+        ("bn2", ("conv2", "conv_pw")),
+        ("layer", ("shortcut",)),
+        ("conv", ("use_res_connect",)),
+        ("block", ("use_res_connect",)),
+        ("reduce_1x1", ("use_residual",)),
+    ):
+        if isinstance(getattr(block, name, None), nn.Module) and any(hasattr(block, mate) for mate in mates):
+            return [(block, name)]
+    if not isinstance(block, nn.ModuleList | nn.Sequential):
+        return []
+    units = list(block.named_children())
+    return [
+        (block, name)
+        for (_, before), (name, unit) in itertools.pairwise(units)
+        if _is_unit(before, depthwise=True) and _is_unit(unit, depthwise=False)
+    ]
 
 
-def _last_norm(branch: nn.Module) -> nn.BatchNorm2d:
-    norms = [module for module in branch.modules() if isinstance(module, nn.BatchNorm2d)]
-    if not norms:
-        raise RetrofitError("A residual branch without batch norm: its width is unknown. Attach the module by hand.")
-    return norms[-1]
-
-
-def _like(module: nn.Module, norm: nn.BatchNorm2d) -> nn.Module:
-    return module.to(norm.weight.device, norm.weight.dtype).train(norm.training)
+def _is_unit(module: nn.Module, depthwise: bool) -> bool:
+    """Whether this is one convolution, depthwise or pointwise, with its batch norm."""
+    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    if len(convolutions) != 1 or not any(isinstance(m, nn.BatchNorm2d) for m in module.modules()):
+        return False
+    only = convolutions[0]
+    return only.groups == only.in_channels > 1 if depthwise else only.kernel_size == (1, 1) and only.groups == 1

@@ -2,6 +2,7 @@
 
 ``reference``: the dense form under the layout's mask. ``gather``: visited key blocks gathered for groups of query blocks,
 plain matrix products, recomputed in a hand-written backward pass; memory grows with the visited blocks of one group.
+``native``: C++ for CPUs, see :mod:`regard.kernels.native`; half precision is converted, float64 is not taken.
 ``flex``: compiled FlexAttention (forward and backward on a GPU, forward alone on a CPU).
 """
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.errors import BackendError, ShapeError
+from regard.kernels import native
 from regard.kernels.backends import resolve
 from regard.kernels.block_plan import Group, Plan, plan_of
 from regard.kernels.dense import dense_attention
@@ -24,7 +26,7 @@ from regard.masks import Boolean
 
 __all__ = ["block_sparse_attention"]
 
-FORMS = ("reference", "gather", "flex")
+FORMS = ("reference", "gather", "native", "flex")
 
 
 def block_sparse_attention(
@@ -57,7 +59,8 @@ def block_sparse_attention(
         if return_lse:
             raise BackendError("The flex form does not return the log-sum-exp; use backend='gather'.")
         return _flex(query, key, value, layout, score_scale(query, scale))
-    out, lse = _Gather.apply(query, key, value, layout, score_scale(query, scale))  # type: ignore[no-untyped-call]
+    run = _Native if form == "native" or (form == "auto" and native.worthwhile(query, value, layout)) else _Gather
+    out, lse = run.apply(query, key, value, layout, score_scale(query, scale))  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 
@@ -83,7 +86,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale:
 
 def _area(device: torch.device) -> int:
     """Pairs of one group: on a CPU its scores stay in the cache of each core between the two products."""
-    return (1 << 17) * torch.get_num_threads() if device.type == "cpu" else 1 << 24
+    return (1 << 18) * torch.get_num_threads() if device.type == "cpu" else 1 << 24
 
 
 def _blocks(tensor: Tensor, block: int, dtype: torch.dtype) -> Tensor:
@@ -169,3 +172,32 @@ class _Gather(torch.autograd.Function):
 
         grad_query = restore(grad_queries, query) * ctx.scale
         return grad_query, restore(grad_keys, key), restore(grad_values, value), None, None
+
+
+class _Native(torch.autograd.Function):
+    """The same bargain in C++, in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        if query.device.type != "cpu" or query.dtype == torch.float64:
+            raise BackendError(
+                f"The native form runs on a CPU in float32 or half precision, not in {query.dtype} on {query.device}; "
+                "use backend='gather'."
+            )
+        out, lse = native.forward(query.float(), key.float(), value.float(), layout, scale)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.layout, ctx.scale = layout, scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        tensors = (t.float() for t in (query, key, value, out, lse, grad_out))
+        grads = native.backward(*tensors, grad_lse, ctx.layout, ctx.scale)
+        return *(grad.to(like.dtype) for grad, like in zip(grads, (query, key, value), strict=True)), None, None

@@ -35,7 +35,7 @@ typedef float uvec __attribute__((vector_size(4 * LANES), aligned(4), may_alias)
 
 inline vec load(const float* p) { return *reinterpret_cast<const uvec*>(p); }
 inline void store(float* p, vec x) { *reinterpret_cast<uvec*>(p) = x; }
-inline vec splat(float x) { return vec{} + x; }
+inline vec splat(float x) { return x - vec{}; } // x - 0 is x: compiled to one broadcast
 inline vec choose(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 inline vec larger(vec a, vec b) { return choose(a > b, a, b); }
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
@@ -81,10 +81,10 @@ inline void tile(bool add, int64_t depth, const float* a, int64_t a_row, int64_t
 }
 
 template <int R>
-void last_rows(int64_t rows, bool add, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b, float* c,
+void some_rows(int64_t rows, bool add, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b, float* c,
                int64_t ldc) {
   if (rows == R) tile<R>(add, depth, a, a_row, a_depth, b, c, ldc);
-  else if constexpr (R > 1) last_rows<R - 1>(rows, add, depth, a, a_row, a_depth, b, c, ldc);
+  else if constexpr (R > 1) some_rows<R - 1>(rows, add, depth, a, a_row, a_depth, b, c, ldc);
 }
 
 // c[rows x columns] (+)= a[rows x depth] b, with b in panels that lie `b_panel` floats apart. All columns of the last panel
@@ -92,9 +92,12 @@ void last_rows(int64_t rows, bool add, int64_t depth, const float* a, int64_t a_
 void product(bool add, int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
              const float* b, int64_t b_panel, float* c, int64_t ldc) {
   for (int64_t n = 0; n < columns; n += PANEL, b += b_panel) {
-    int64_t r = 0;
-    for (; r + ROWS <= rows; r += ROWS) tile<ROWS>(add, depth, a + r * a_row, a_row, a_depth, b, c + r * ldc + n, ldc);
-    if (r < rows) last_rows<ROWS - 1>(rows - r, add, depth, a + r * a_row, a_row, a_depth, b, c + r * ldc + n, ldc);
+    for (int64_t r = 0, left = rows; left;) {
+      // A tile of few rows cannot keep the arithmetic units busy, so the last two share what is left.
+      const int64_t now = left <= ROWS ? left : left < ROWS + ROWS / 2 + 1 ? (left + 1) / 2 : ROWS;
+      some_rows<ROWS>(now, add, depth, a + r * a_row, a_row, a_depth, b, c + r * ldc + n, ldc);
+      r += now, left -= now;
+    }
   }
 }
 
@@ -175,7 +178,7 @@ void regard_pack(const float* from, int64_t lanes, int64_t length, int64_t width
 namespace {
 
 struct Layout : Problem {
-  int64_t q_blocks, k_blocks, key_size, value_size;
+  int64_t q_blocks, k_blocks;
   explicit Layout(const Problem& p) : Problem(p) {
     q_blocks = (q_len + block_q - 1) / block_q;
     k_blocks = (k_len + block_k - 1) / block_k;

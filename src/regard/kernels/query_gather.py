@@ -105,7 +105,9 @@ class _Plan:
         per_lane = self.heads // self.kv_heads * nq
         visit = self._lanes(layout.visit, start, stop)
         masked = self._lanes(layout.partial, start, stop)
-        lists = torch.stack((visit & ~masked, masked), 2).view(-1, per_lane)  # two lists a key block: without mask, with
+        lists = torch.stack((visit & ~masked, masked), 2).view(
+            -1, per_lane
+        )  # two lists a key block: without mask, with
         row, column = lists.nonzero(as_tuple=True)
         counts = row.bincount(minlength=len(lists))
         member = row.div(2 * nk, rounding_mode="floor").add_(start).mul_(per_lane).add_(column)
@@ -135,9 +137,15 @@ class _Plan:
             begin = end
         return found
 
-    def scores(self, group: _Group, queries: Tensor, keys: Tensor) -> Tensor:
-        """Masked scores ``(rows, slots * block_q, block_k)``; queries are already scaled."""
-        scores = _take(queries, group.queries) @ keys.index_select(0, group.keys).transpose(-1, -2)
+    def area(self, groups: list[_Group]) -> int:
+        """The largest number of scores of a group: one workspace serves all, so that its pages stay warm."""
+        return max((g.queries.numel() * self.layout.block_q * self.layout.block_k for g in groups), default=0)
+
+    def scores(self, group: _Group, queries: Tensor, keys: Tensor, space: Tensor) -> Tensor:
+        """Masked scores ``(rows, slots * block_q, block_k)``, written to ``space``; queries are already scaled."""
+        rows = _take(queries, group.queries)
+        area = space[: rows.shape[0] * rows.shape[1] * keys.shape[1]].view(*rows.shape[:2], -1)
+        scores = torch.bmm(rows, keys.index_select(0, group.keys).transpose(-1, -2), out=area)
         if group.masked:
             scores.masked_fill_(self._hidden(group.queries, group.keys), float("-inf"))
         if group.tail is not None:
@@ -194,17 +202,22 @@ class _Merged(torch.autograd.Function):
             member = torch.cat([group.queries.flatten() for group in groups])
             parts = queries.new_empty(len(member) * block, value_dim)
             tops, totals = queries.new_empty(len(parts)), queries.new_empty(len(parts))
+            space = queries.new_empty(plan.area(groups))
             start = 0
             for group in groups:
-                scores = plan.scores(group, queries, keys)
+                scores = plan.scores(group, queries, keys, space)
                 stop = start + scores.shape[0] * scores.shape[1]
                 top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(work).min)
                 weights = scores.sub_(top).exp_()
                 torch.sum(weights, -1, out=totals[start:stop].view(weights.shape[:2]))
                 tops[start:stop] = top.flatten()
-                torch.bmm(weights, values.index_select(0, group.keys), out=parts[start:stop].view(*weights.shape[:2], -1))
+                torch.bmm(
+                    weights, values.index_select(0, group.keys), out=parts[start:stop].view(*weights.shape[:2], -1)
+                )
                 start = stop
-            _merge_into(out, lse, member, parts.view(-1, block, value_dim), tops.view(-1, block), totals.view(-1, block))
+            _merge_into(
+                out, lse, member, parts.view(-1, block, value_dim), tops.view(-1, block), totals.view(-1, block)
+            )
         out = out[:-1].view(batch, heads, -1, value_dim)[:, :, :q_len].to(query.dtype)
         lse = lse[:-1].view(batch, heads, -1)[:, :, :q_len]
         ctx.save_for_backward(query, key, value, out, lse)
@@ -229,13 +242,17 @@ class _Merged(torch.autograd.Function):
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         plan = _Plan(layout, batch, heads, key.shape[1])
         for stretch in plan.stretches(value.shape[-1]):
-            for group in plan.groups(*stretch):
+            groups = plan.groups(*stretch)
+            space = queries.new_empty(2, plan.area(groups))
+            for group in groups:
                 member = group.queries.flatten()
                 queries_here, grads_here = _take(queries, group.queries), _take(grads, group.queries)
                 keys_here, values_here = keys.index_select(0, group.keys), values.index_select(0, group.keys)
-                weights = plan.scores(group, queries, keys).sub_(_take(lses, group.queries)).exp_()
+                weights = plan.scores(group, queries, keys, space[0]).sub_(_take(lses, group.queries)).exp_()
                 grad_values.index_add_(0, group.keys, weights.transpose(-1, -2) @ grads_here)
-                slope = (grads_here @ values_here.transpose(-1, -2)).sub_(_take(deltas, group.queries)).mul_(weights)
+                slope = space[1, : weights.numel()].view(weights.shape)
+                torch.bmm(grads_here, values_here.transpose(-1, -2), out=slope)
+                slope.sub_(_take(deltas, group.queries)).mul_(weights)
                 grad_queries.index_add_(0, member, (slope @ keys_here).view(-1, block, head_dim))
                 grad_keys.index_add_(0, group.keys, slope.transpose(-1, -2) @ queries_here)
 

@@ -1,16 +1,16 @@
 """Softmax attention over the blocks of a layout that is the same for every sequence and head.
 
-What depends on positions alone (windows, neighbourhoods, stripes) needs its index work once: which key blocks each query
-block visits and which pairs inside them are hidden is kept with the layout. ``fused``: for a few query blocks at a time
-their key blocks are gathered and go through torch's fused CPU attention, forward and backward, so scores never leave the
-cache. Where that does not apply (another device, a layout per head, values of another width, the gradient of the
-log-sum-exp) the general executor, :func:`regard.kernels.block_sparse_attention`, runs the same layout.
+What depends on positions alone (windows, neighbourhoods, stripes) needs its index work once: which key blocks each
+query block visits and which pairs inside them are hidden is kept with the layout. ``fused``: for a few query blocks at
+a time their key blocks are gathered and go through torch's fused CPU attention, forward and backward, so scores never
+leave the cache. Where that does not apply (another device, a layout per head, values of another width, the gradient of
+the log-sum-exp) the general executor, :func:`regard.kernels.block_sparse_attention`, runs the same layout.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +29,30 @@ FORMS = ("reference", "gather", "flex", "fused")
 
 # Gathered keys of one group stay below this many elements.
 _GROUP = 1 << 20
+
+
+@overload
+def shared_block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def shared_block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def shared_block_attention(
@@ -51,7 +75,7 @@ def shared_block_attention(
         )
     if form not in ("auto", "fused") or not fits:
         return block_sparse_attention(query, key, value, layout, scale=scale, return_lse=return_lse, backend=backend)
-    out, lse = _Fused.apply(query, key, value, layout, score_scale(query, scale))  # type: ignore[no-untyped-call]
+    out, lse = _Fused.apply(query, key, value, layout, score_scale(query, scale))
     return (out, lse) if return_lse else out
 
 
@@ -74,6 +98,8 @@ class _Rows:
 _plans: WeakKeyDictionary[BlockLayout, tuple[list[_Rows], Tensor | None]] = WeakKeyDictionary()
 
 
+@torch.compiler.disable
+@torch.inference_mode(False)
 def _plan(layout: BlockLayout) -> tuple[list[_Rows], Tensor | None]:
     """Rows grouped by how many key blocks they visit and whether anything is hidden there, and the ``(q_len,)`` queries
     that see nothing (None: there are none)."""
@@ -126,9 +152,7 @@ def _groups(plan: list[_Rows], width: int) -> list[_Rows]:
         step = max(_GROUP // (rows.keys.shape[1] * width), 1)
         for start in range(0, len(rows.queries), step):
             cut = slice(start, start + step)
-            parts.append(
-                _Rows(rows.queries[cut], rows.keys[cut], None if rows.hidden is None else rows.hidden[cut])
-            )
+            parts.append(_Rows(rows.queries[cut], rows.keys[cut], None if rows.hidden is None else rows.hidden[cut]))
     return parts
 
 
@@ -191,9 +215,7 @@ class _Fused(torch.autograd.Function):
             totals = [torch.zeros_like(t) for t in (queries, keys, values)]
             for group in groups:
                 rows = len(group.queries)
-                grad_here, out_here = (
-                    t[group.queries].view(rows, -1, heads, dim).transpose(1, 2) for t in (grad, out)
-                )
+                grad_here, out_here = (t[group.queries].view(rows, -1, heads, dim).transpose(1, 2) for t in (grad, out))
                 parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                     grad_here,
                     *_heads_first(queries, keys, values, group, heads, dim),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.errors import ShapeError
 from regard.kernels.backends import resolve
 from regard.kernels.dense import dense_attention
 from regard.kernels.shapes import accumulation_dtype, expand_groups, fold_groups, score_scale
@@ -41,6 +42,11 @@ def token_sparse_attention(
     Shapes as in :func:`regard.kernels.dense_attention`; ``key_bias`` ``(batch, kv_heads | num_heads, k_len)`` is added
     to the logits of each key. Returns the output and, with ``return_lse``, the log-sum-exp ``(batch, heads, q_len)``.
     """
+    if layout.indices.shape[2] != query.shape[2] or layout.k_len != key.shape[2]:
+        raise ShapeError(
+            f"The layout is for {layout.indices.shape[2]} queries and {layout.k_len} keys; "
+            f"got {query.shape[2]} and {key.shape[2]}."
+        )
     if resolve("token_sparse", backend, FORMS) == "reference":
         bias = None if key_bias is None else expand_groups(key_bias, query.shape[1])[:, :, None]
         if return_lse:

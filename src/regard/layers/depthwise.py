@@ -19,8 +19,8 @@ _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = 
 
 
 class DepthwiseConv(nn.Module):
-    """One odd kernel per channel over tokens ``(batch, heads, length, head_dim)`` on a grid of ``axes`` axes, zeros
-    outside; ``channels = heads * head_dim``."""
+    """One odd kernel per channel over tokens ``(batch, heads, length, head_dim)`` on a grid of ``axes`` axes,
+    zeros outside; ``channels = heads * head_dim``."""
 
     def __init__(self, channels: int, kernel_size: int = 3, axes: int = 2, bias: bool = True) -> None:
         super().__init__()

@@ -6,7 +6,12 @@ from torch import Tensor, nn
 
 from regard.errors import OptionError
 
-__all__ = ["DropPath"]
+__all__ = ["DropPath", "drop_path_rates"]
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Rates of ``depth`` blocks, rising linearly from 0 to ``last``."""
+    return [last * index / max(depth - 1, 1) for index in range(depth)]
 
 
 class DropPath(nn.Module):

@@ -13,8 +13,8 @@ __all__ = ["SRMSNorm", "srms_norm"]
 def srms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / max(|x|_2 / sqrt(d), eps)`` over the last axis: simple RMS norm, without parameters.
 
-    Qin et al., "TransNormerLLM", 2023, arXiv 2307.14995, section 3.1. A vector of RMS above ``eps`` comes out with RMS
-    one, whatever its scale. Half precision is normed in float32.
+    Qin et al., "TransNormerLLM", 2023, arXiv 2307.14995, section 3.1. A vector of RMS above ``eps`` comes out
+    with RMS one, whatever its scale. Half precision is normed in float32.
     """
     work = x.to(accumulation_dtype(x.dtype))
     rms = torch.linalg.vector_norm(work, dim=-1, keepdim=True) * x.shape[-1] ** -0.5

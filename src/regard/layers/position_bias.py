@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from regard.errors import OptionError, ShapeError
 __all__ = ["RelativePositionBias", "relative_offsets", "resize_rel_bias"]
 
 
-@lru_cache(maxsize=64)
 def relative_offsets(window: tuple[int, ...], device: torch.device) -> Tensor:
     """Query position minus key position of all pairs in a window of ``n`` tokens, ``(n, n, axes)``, row-major."""
     axes = torch.meshgrid(*(torch.arange(side, device=device) for side in window), indexing="ij")
@@ -59,7 +57,7 @@ class RelativePositionBias(nn.Module):
 def resize_rel_bias(table: Tensor, new_window: Sequence[int], window: Sequence[int] | None = None) -> Tensor:
     """A bias table for another window, by bicubic interpolation between offsets (ends kept).
 
-    table: ``(prod(2 window - 1), num_heads)``; ``window`` is needed where its sides differ (square ones are recognised).
+    table: ``(prod(2 window - 1), num_heads)``. ``window`` is needed where its sides differ; square ones are recognised.
     """
     if window is None:
         side = round(table.shape[0] ** (1 / len(new_window)))
@@ -67,7 +65,7 @@ def resize_rel_bias(table: Tensor, new_window: Sequence[int], window: Sequence[i
     extents, targets = ([2 * side - 1 for side in sides] for sides in (window, new_window))
     if math.prod(extents) != table.shape[0] or len(extents) != len(targets):
         raise ShapeError(
-            f"A table of {table.shape[0]} rows is not one for windows of {tuple(window)}; give window, one value per axis."
+            f"A table of {table.shape[0]} rows is not one for windows of {tuple(window)}; give window, its sides."
         )
     work = torch.float32 if table.dtype in (torch.float16, torch.bfloat16) else table.dtype
     grid = table.to(work).T.reshape(-1, *extents)

@@ -1,24 +1,26 @@
 """Agent attention: a few agent tokens read all keys, and all queries read the agents.
 
-Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention", 2023, arXiv 2312.08874, section 3.
+Han et al., "Agent Attention: On the Integration of Softmax and Linear Attention", 2023, arXiv 2312.08874,
+section 3.
 
     V_A = softmax(scale A K^T + B1) V        aggregation: n agents read M keys
     out = softmax(scale Q A^T + B2) V_A      broadcast: N queries read n agents
 
-It is linear attention with the features ``softmax(scale Q A^T + B2)`` and ``softmax(scale A K^T + B1)^T`` in ``R^n``: rows of
-the implied matrix are distributions, its rank is at most ``n``. Agents are the queries, pooled adaptively on their grid;
-``B1`` and ``B2`` are learned, factorised over the grid; the paper's module also adds a depthwise 3x3 convolution of the
-values. Time ``O((N + M) n d)``. Pooled agents see the whole input, so there is no causal form.
+It is linear attention with the features ``softmax(scale Q A^T + B2)`` and ``softmax(scale A K^T + B1)^T`` in
+``R^n``: rows of the implied matrix are distributions, its rank is at most ``n``. Agents are the queries,
+pooled adaptively on their grid; ``B1`` and ``B2`` are learned, factorised over the grid; the paper's module
+also adds a depthwise 3x3 convolution of the values. Time ``O((N + M) n d)``. Pooled agents see the whole
+input, so there is no causal form.
 
-In diffusion models the paper swaps it in without training: no bias, ``out + 0.075 V``, and ``d^(-0.15)`` as the scale of
-the second softmax, in the first 0.4 of the denoising steps (:func:`swap_agent`).
+In diffusion models the paper swaps it in without training: no bias, ``out + 0.075 V``, and ``d^(-0.15)`` as
+the scale of the second softmax, in the first 0.4 of the denoising steps (:func:`swap_agent`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -93,13 +95,13 @@ def agent_attention(
     live: Tensor | None = None,
     return_maps: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """query ``(batch, heads, N, d)``, key and value ``(batch, kv_heads, M, ...)``, agents ``(batch | 1, heads, n, d)`` to
-    ``(batch, heads, N, d_v)``.
+    """query ``(batch, heads, N, d)``, key and value ``(batch, kv_heads, M, ...)``, agents ``(batch | 1,
+    heads, n, d)`` to ``(batch, heads, N, d_v)``.
 
-    bias1 broadcasts to ``(batch, heads, n, M)``, bias2 to ``(batch, heads, N, n)``. scale: of both softmaxes, by default ``1
-    / sqrt(d)``; broadcast_scale: of the second alone. keys ``(batch | 1, heads | 1, M)`` and live ``(batch | 1, heads | 1,
-    n)``: True where a key or an agent counts. return_maps: also the map of each softmax, ``(batch, heads, n, M)`` and
-    ``(batch, heads, N, n)``.
+    bias1 broadcasts to ``(batch, heads, n, M)``, bias2 to ``(batch, heads, N, n)``. scale: of both softmaxes,
+    by default ``1 / sqrt(d)``; broadcast_scale: of the second alone. keys ``(batch | 1, heads | 1, M)`` and
+    live ``(batch | 1, heads | 1, n)``: True where a key or an agent counts. return_maps: also the map of each
+    softmax, ``(batch, heads, n, M)`` and ``(batch, heads, N, n)``.
     """
     scale = score_scale(query, scale)
     second = scale if broadcast_scale is None else broadcast_scale
@@ -127,8 +129,8 @@ def agent_attention(
 def pool_agents(query: Tensor, grid: Sequence[int] | None, agent_num: int, class_tokens: int = 0) -> Tensor:
     """Agents ``(batch, heads, agent_num, d)``: adaptive averages of the queries on their ``grid``.
 
-    On a grid of ``a`` axes there are ``s`` agents along each, ``s^a = agent_num``; None is a grid of one axis.
-    class_tokens: tokens in front that stand on no grid and are left out.
+    On a grid of ``a`` axes there are ``s`` agents along each, ``s^a = agent_num``; None is a grid of one
+    axis. class_tokens: tokens in front that stand on no grid and are left out.
     """
     tokens = query[:, :, class_tokens:]
     grid = (tokens.shape[2],) if grid is None else tuple(grid)
@@ -146,13 +148,12 @@ def _sides(agent_num: int, axes: int) -> tuple[int, ...]:
 
 
 class AgentBias(nn.Module):
-    """The paper's factorised biases of both softmaxes, per head and agent: a learned 7x7 map brought to the grid
-    bilinearly, a vector over rows, one over columns, and with ``class_token`` one number for it. ``heads * n * (2 * 49 + 2
-    * (h + w) + 2)`` parameters with a class token. On a grid other than ``grid`` the vectors are interpolated too."""
+    """The paper's factorised biases of both softmaxes, per head and agent: a learned 7x7 map brought to the
+    grid bilinearly, a vector over rows, one over columns, and with ``class_token`` one number for it. ``heads
+    * n * (2 * 49 + 2 * (h + w) + 2)`` parameters with a class token. On a grid other than ``grid`` the
+    vectors are interpolated too."""
 
-    def __init__(
-        self, num_heads: int, agent_num: int, grid: Sequence[int], class_token: bool = False
-    ) -> None:
+    def __init__(self, num_heads: int, agent_num: int, grid: Sequence[int], class_token: bool = False) -> None:
         super().__init__()
         if len(grid) != 2:
             raise OptionError(f"Agent biases stand on grids of two axes, got {tuple(grid)}.")
@@ -190,13 +191,14 @@ def _stretch(vector: Tensor, length: int) -> Tensor:
 class AgentAttention(Mechanism):
     """Two softmaxes through ``agent_num`` agents.
 
-    agents: ``"pooled"`` (the queries, averaged on their grid; without a grid, along the sequence), ``"strided"`` (evenly
-    spaced queries) or ``"learned"`` (parameters; give ``num_heads`` and ``head_dim``). bias_grid: a grid ``(height,
-    width)`` for the learned biases (needs ``num_heads``; None: no bias), for self-attention on grids of two axes.
-    broadcast_scale: of the second softmax, by default as the first. shortcut: this share of the values is added in
-    self-attention (0.075 where it replaces softmax in a diffusion model untrained). mask_queries: where a key mask covers as
-    many keys as there are queries it speaks of the tokens of self-attention, so that padding makes no agents; False where
-    such a call is cross-attention.
+    agents: ``"pooled"`` (the queries, averaged on their grid; without a grid, along the sequence),
+    ``"strided"`` (evenly spaced queries) or ``"learned"`` (parameters; give ``num_heads`` and ``head_dim``).
+    bias_grid: a grid ``(height, width)`` for the learned biases (needs ``num_heads``; None: no bias), for
+    self-attention on grids of two axes. broadcast_scale: of the second softmax, by default as the first.
+    shortcut: this share of the values is added in self-attention (0.075 where it replaces softmax in a
+    diffusion model untrained). mask_queries: where a key mask covers as many keys as there are queries it
+    speaks of the tokens of self-attention, so that padding makes no agents; False where such a call is
+    cross-attention.
     """
 
     patterns = frozenset({"self", "cross"})
@@ -256,9 +258,7 @@ class AgentAttention(Mechanism):
         if not self.shortcut:
             return out
         if not same:
-            raise ShapeError(
-                "The shortcut of the values is for self-attention; use shortcut=0 between sequences."
-            )
+            raise ShapeError("The shortcut of the values is for self-attention; use shortcut=0 between sequences.")
         values = expand_groups(value, query.shape[1])
         values = values if request.keys is None else values.masked_fill(~request.keys[..., None], 0)
         return out + self.shortcut * values
@@ -281,9 +281,7 @@ class AgentAttention(Mechanism):
         live = share > 0
         return kept / torch.where(live, share, 1), live[..., 0]
 
-    def _biases(
-        self, query: Tensor, key: Tensor, grid: tuple[int, ...] | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _biases(self, query: Tensor, key: Tensor, grid: tuple[int, ...] | None) -> tuple[Tensor | None, Tensor | None]:
         if self.bias is None:
             return None, None
         size = self.bias.grid if grid is None else grid
@@ -300,20 +298,18 @@ class AgentAttention(Mechanism):
 
     def cost(self, shape: AttentionShape) -> Cost:
         whole = linear_cost(shape, feature_dim=self.agent_num)
-        scores = (
-            2 * shape.batch * shape.num_heads * self.agent_num * shape.head_dim * (shape.q_len + shape.k_len)
-        )
+        scores = 2 * shape.batch * shape.num_heads * self.agent_num * shape.head_dim * (shape.q_len + shape.k_len)
         return Cost(whole.flops + scores, whole.bytes, 0, None)
 
 
 class AgentAttention2d(Feature):
-    """The paper's module, in place of self-attention in DeiT, PVT, Swin or CSwin blocks: projections, pooled agents,
-    biases, a depthwise 3x3 convolution of the values, output projection. ``(batch, channels, height, width)`` in and out;
-    :meth:`tokens` takes ``(batch, [1 +] height * width, channels)``.
+    """The paper's module, in place of self-attention in DeiT, PVT, Swin or CSwin blocks: projections, pooled
+    agents, biases, a depthwise 3x3 convolution of the values, output projection. ``(batch, channels, height,
+    width)`` in and out; :meth:`tokens` takes ``(batch, [1 +] height * width, channels)``.
 
-    window: side of the grid that the biases are made for (14 in DeiT; Swin variants enlarge theirs, since cost is
-    linear). class_token: a token in front that stands on no grid; then only :meth:`tokens` applies. bias, depthwise:
-    switches of the two additions. agents: as in :class:`AgentAttention`.
+    window: side of the grid that the biases are made for (14 in DeiT; Swin variants enlarge theirs, since
+    cost is linear). class_token: a token in front that stands on no grid; then only :meth:`tokens` applies.
+    bias, depthwise: switches of the two additions. agents: as in :class:`AgentAttention`.
     """
 
     growth = "N n"
@@ -334,9 +330,7 @@ class AgentAttention2d(Feature):
         if channels % num_heads:
             raise OptionError(f"channels {channels} is no multiple of num_heads {num_heads}.")
         if agents not in ("pooled", "learned", "fixed"):
-            raise OptionError(
-                f"agents is 'pooled', 'learned' or 'fixed' (random, not trained); got {agents!r}."
-            )
+            raise OptionError(f"agents is 'pooled', 'learned' or 'fixed' (random, not trained); got {agents!r}.")
         _sides(agent_num, 2)
         self.channels, self.num_heads, self.agent_num = channels, num_heads, agent_num
         self.class_tokens = int(class_token)
@@ -355,9 +349,7 @@ class AgentAttention2d(Feature):
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ShapeError(f"Expected (batch, {self.channels}, height, width), got {tuple(x.shape)}.")
         if self.class_tokens:
-            raise ShapeError(
-                "A map holds no class token; call tokens(x, grid), or build with class_token=False."
-            )
+            raise ShapeError("A map holds no class token; call tokens(x, grid), or build with class_token=False.")
         grid = (x.shape[2], x.shape[3])
         return self.tokens(x.flatten(2).transpose(1, 2), grid).transpose(1, 2).reshape_as(x)
 
@@ -366,9 +358,7 @@ class AgentAttention2d(Feature):
         first = self.class_tokens
         if x.shape[1] != first + math.prod(grid):
             raise ShapeError(f"{x.shape[1]} tokens are not {first} class tokens and a grid {tuple(grid)}.")
-        query, key, value = (
-            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)
-        )
+        query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         agents = pool_agents(query, grid, self.agent_num, first) if self.agents is None else self.agents
         bias1, bias2 = (None, None) if self.bias is None else self.bias(grid)
         out = agent_attention(query, key, value, agents, bias1, bias2)
@@ -382,11 +372,23 @@ class AgentAttention2d(Feature):
 class AgentSwap:
     """What :func:`swap_agent` did to a model. ``remove()`` undoes it (so does leaving a ``with`` block).
 
-    ``at(step, steps)``: says which denoising step runs; beyond the first ``step_share`` of them softmax attention is back.
+    ``at(step, steps)``: says which denoising step runs; beyond the first ``step_share`` of them softmax
+    attention is back.
     """
 
-    def __init__(self, modules: list[nn.Module], step_share: float) -> None:
-        self.modules, self.step_share, self.active = modules, step_share, True
+    def __init__(self, step_share: float) -> None:
+        self.step_share, self.active = step_share, True
+        self._before: list[tuple[nn.Module, Callable[..., Tensor] | None]] = []
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules that were changed."""
+        return [module for module, _ in self._before]
+
+    def replace(self, module: nn.Module, forward: Callable[..., Tensor]) -> None:
+        """Give a module another forward until :meth:`remove`."""
+        self._before.append((module, module.__dict__.get("forward")))
+        module.__dict__["forward"] = forward
 
     def at(self, step: int, steps: int) -> None:
         """Step ``step`` (from 0) of ``steps`` is about to run."""
@@ -394,9 +396,12 @@ class AgentSwap:
 
     def remove(self) -> None:
         """Give every module its own forward back."""
-        for module in self.modules:
-            module.__dict__.pop("forward", None)
-        self.modules = []
+        for module, before in reversed(self._before):
+            if before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = before
+        self._before = []
 
     def __enter__(self) -> AgentSwap:
         return self
@@ -417,26 +422,34 @@ def swap_agent(
 ) -> AgentSwap:
     """Replace self-attention in a diffusion U-Net by agent attention, without training.
 
-    Modules with ``to_q``, ``to_k``, ``to_v``, ``to_out`` and ``heads`` are changed (latent diffusion and diffusers name
-    them so), where they are called without a context or a mask and with at least ``min_tokens`` tokens (default: twice
-    ``agent_num``); all other calls run as before. Agents are the queries pooled on the grid (``grid(length)``; default: a
-    square where the length is one, else the sequence), there is no bias, the second softmax has the scale ``d^(-
-    second_power)``, and ``shortcut`` times the values is added.
+    Modules with ``to_q``, ``to_k``, ``to_v``, ``to_out`` and ``heads`` are changed (latent diffusion and
+    diffusers name them so), where they are called without a context or a mask and with at least
+    ``min_tokens`` tokens (default: twice ``agent_num``); all other calls run as before. Agents are the
+    queries pooled on the grid (``grid(length)``; default: a square where the length is one, else the
+    sequence), there is no bias, the second softmax has the scale ``d^(- second_power)``, and ``shortcut``
+    times the values is added.
     """
-    handle = AgentSwap([], step_share)
+    handle = AgentSwap(step_share)
     least = 2 * agent_num if min_tokens is None else min_tokens
     for module in model.modules():
-        if all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads")):
-            module.forward = _agent_forward(  # type: ignore[method-assign]
-                module, handle, agent_num, shortcut, second_power, least, grid or _square
-            )
-            handle.modules.append(module)
+        if all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "heads")) and _plain(module):
+            forward = _agent_forward(module, handle, agent_num, shortcut, second_power, least, grid or _square)
+            handle.replace(module, forward)
     if not handle.modules:
         raise RetrofitError(
             "No self-attention was found: swap_agent looks for modules with to_q, to_k, to_v, to_out and heads. "
             "For other models use regard.retrofit(model, 'agent_attention')."
         )
     return handle
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a module is projections around attention and no more (diffusers' class can also norm or add its
+    input)."""
+    norms = ("group_norm", "spatial_norm", "norm_q", "norm_k")
+    return all(getattr(module, name, None) is None for name in norms) and not getattr(
+        module, "residual_connection", False
+    )
 
 
 def _square(length: int) -> tuple[int, ...]:
@@ -453,28 +466,26 @@ def _agent_forward(
     min_tokens: int,
     grid: Callable[[int], tuple[int, ...]],
 ) -> Callable[..., Tensor]:
-    before = module.forward
+    before: Callable[..., Tensor] = module.forward
+    to_out = cast(nn.Module, module.to_out)
+    projections = cast(tuple[nn.Module, ...], (module.to_q, module.to_k, module.to_v))
 
-    def forward(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        plain = all(argument is None for argument in (*args, *kwargs.values()))
-        if not (handle.active and plain and x.dim() == 3 and x.shape[1] >= min_tokens):
-            unchanged: Tensor = before(x, *args, **kwargs)
-            return unchanged
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        extra = (*args[1:], *kwargs.values())
+        x: Any = args[0] if args else None
+        known = isinstance(x, Tensor) and x.dim() == 3 and all(argument is None for argument in extra)
+        if not (handle.active and known) or x.shape[1] < min_tokens:
+            return before(*args, **kwargs)
         heads = module.heads
-        query, key, value = (
-            project(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for project in (module.to_q, module.to_k, module.to_v)
-        )
+        query, key, value = (project(x).unflatten(-1, (heads, -1)).transpose(1, 2) for project in projections)
         space = grid(x.shape[1])
         agents = pool_agents(query, space if _fits(agent_num, len(space)) else None, agent_num)
         second = query.shape[-1] ** -second_power
         scale = getattr(module, "scale", None)
-        out = (
-            agent_attention(query, key, value, agents, scale=scale, broadcast_scale=second) + shortcut * value
-        )
+        out = agent_attention(query, key, value, agents, scale=scale, broadcast_scale=second) + shortcut * value
         out = out.transpose(1, 2).flatten(2)
         # latent diffusion has one module here, diffusers a list of a projection and a dropout
-        for project in module.to_out if isinstance(module.to_out, nn.ModuleList) else (module.to_out,):
+        for project in to_out if isinstance(to_out, nn.ModuleList) else (to_out,):
             out = project(out)
         return out
 

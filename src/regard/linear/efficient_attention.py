@@ -4,14 +4,16 @@ Shen et al., "Efficient Attention: Attention with Linear Complexities", 2018, ar
 
     E(Q, K, V) = rho_q(Q) (rho_k(K)^T V)
 
-softmax: ``rho_q`` is a softmax over the channels of each query, ``rho_k`` a softmax over the positions of each key
-channel. Each of the ``d`` key channels is then a *global context map* over the input, ``rho_k(K)^T V`` holds one summary
-of the values per map, and a query's channel softmax mixes the summaries. Rows of the implied matrix are distributions,
-but not those of ``softmax(Q K^T)``; its rank is at most ``d``. scaling: both maps divide by ``sqrt(M)``, and E is exactly
-``(Q K^T / M) V`` for ``M`` keys. The paper has no ``1 / sqrt(d)``: ``scale`` multiplies the queries, by default with 1.
+softmax: ``rho_q`` is a softmax over the channels of each query, ``rho_k`` a softmax over the positions of
+each key channel. Each of the ``d`` key channels is then a *global context map* over the input, ``rho_k(K)^T
+V`` holds one summary of the values per map, and a query's channel softmax mixes the summaries. Rows of the
+implied matrix are distributions, but not those of ``softmax(Q K^T)``; its rank is at most ``d``. scaling:
+both maps divide by ``sqrt(M)``, and E is exactly ``(Q K^T / M) V`` for ``M`` keys. The paper has no ``1 /
+sqrt(d)``: ``scale`` multiplies the queries, by default with 1.
 
-Time ``O((N + M) d d_v)``, memory ``O(d d_v)`` beside input and output, for ``N`` queries. The paper defines no causal form:
-``causal_extension`` replaces the softmax over positions by one over the positions so far (this library's extension).
+Time ``O((N + M) d d_v)``, memory ``O(d d_v)`` beside input and output, for ``N`` queries. The paper defines
+no causal form: ``causal_extension`` replaces the softmax over positions by one over the positions so far
+(this library's extension).
 """
 
 from __future__ import annotations
@@ -51,11 +53,11 @@ def efficient_attention(
     *,
     scale: float = 1.0,
 ) -> Tensor:
-    """query ``(batch, heads, N, d)``, key ``(batch, kv_heads, M, d)``, value ``(batch, kv_heads, M, d_v)`` to ``(batch,
-    heads, N, d_v)``.
+    """query ``(batch, heads, N, d)``, key ``(batch, kv_heads, M, d)``, value ``(batch, kv_heads, M, d_v)`` to
+    ``(batch, heads, N, d_v)``.
 
-    key_padding_mask: True where a key is real, ``(batch, M)`` or broadcastable to ``(batch, heads, M)``. A sequence
-    without a real key gives zeros.
+    key_padding_mask: True where a key is real, ``(batch, M)`` or broadcastable to ``(batch, heads, M)``. A
+    sequence without a real key gives zeros.
     """
     _check_normalizer(normalizer)
     work = accumulation_dtype(query.dtype)
@@ -73,7 +75,8 @@ def efficient_attention(
 
 
 def global_context_maps(key: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-    """The ``d`` global attention maps ``(batch, heads, d, M)``: softmax of each key channel over the positions."""
+    """The ``d`` global attention maps ``(batch, heads, d, M)``: softmax of each key channel over the
+    positions."""
     real = per_head(key_padding_mask)
     maps = key.to(accumulation_dtype(key.dtype)).transpose(-1, -2)
     return masked_softmax(maps, None if real is None else real[..., None, :]).to(key.dtype)
@@ -82,10 +85,10 @@ def global_context_maps(key: Tensor, key_padding_mask: Tensor | None = None) -> 
 def causal_efficient_attention(
     query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, *, scale: float = 1.0
 ) -> Tensor:
-    """An extension of this library: the softmax over positions runs over those so far, ``softmax_{s <= t}(k_sc)``.
+    """An extension of this library: the softmax over positions runs over those so far.
 
-    With ``L_t`` the running log-sum-exp of a channel this is a linear recurrence whose decay ``exp(L_{t-1} - L_t)`` and
-    added key ``exp(k_t - L_t)`` never exceed one.
+    With ``L_t`` the running log-sum-exp of a key channel this is a linear recurrence whose decay
+    ``exp(L_{t-1} - L_t)`` and added key ``exp(k_t - L_t)`` never exceed one.
     """
     work, heads = accumulation_dtype(query.dtype), query.shape[1]
     q, k = (query.to(work) * scale).softmax(-1), expand_groups(key, heads).to(work)
@@ -95,8 +98,7 @@ def causal_efficient_attention(
     k = k if real is None else k.masked_fill(~real[..., None], floor)
     total = k.logcumsumexp(2)
     before = torch.cat((torch.full_like(total[:, :, :1], floor), total[:, :, :-1]), 2)
-    started = before > floor / 2
-    decay = torch.where(started, before - total, 0).clamp_max(0)
+    decay = torch.where(before > floor / 2, before - total, 0).clamp_max(0)
     added = (k - total).exp()
     added = added if real is None else added.masked_fill(~real[..., None], 0)
     out, _ = linear_attention(q, added, v, causal=True, log_decay=decay)
@@ -114,8 +116,8 @@ class IntermediateCost:
 def cost(
     length: int, key_dim: int, value_dim: int, kind: str = "efficient", *, element_size: int = 4
 ) -> IntermediateCost:
-    """One head of self-attention over ``length`` tokens: ``kind`` is ``"efficient"`` (its intermediate is the ``d x d_v``
-    context) or ``"dot_product"`` (the ``N x N`` map)."""
+    """One head of self-attention over ``length`` tokens: ``kind`` is ``"efficient"`` (its intermediate is the
+    ``d x d_v`` context) or ``"dot_product"`` (the ``N x N`` map)."""
     if kind == "efficient":
         return IntermediateCost(2 * length * key_dim * value_dim, key_dim * value_dim * element_size)
     if kind == "dot_product":
@@ -125,8 +127,8 @@ def cost(
 
 @register("efficient_attention")
 class EfficientAttention(Mechanism):
-    """normalizer: ``"softmax"`` or ``"scaling"``. causal_extension: also take ``causal=True``, with the softmax over the
-    positions so far; the paper does not define it, so it is off by default."""
+    """normalizer: ``"softmax"`` or ``"scaling"``. causal_extension: also take ``causal=True``, with the
+    softmax over the positions so far; the paper does not define it, so it is off by default."""
 
     patterns = frozenset({"self", "cross"})
     mask_support = "keys"
@@ -159,8 +161,9 @@ class EfficientAttention(Mechanism):
 
 
 class EfficientAttention2d(Feature):
-    """The paper's module, in place of a non-local block: 1x1 convolutions to queries, keys and values, efficient
-    attention per head, a 1x1 reprojection, and the input added. ``(batch, channels, *space)`` in and out.
+    """The paper's module, in place of a non-local block: 1x1 convolutions to queries, keys and values,
+    efficient attention per head, a 1x1 reprojection, and the input added. ``(batch, channels, *space)`` in
+    and out.
 
     key_channels, value_channels: of all heads together (default: ``channels // 2``, as non-local blocks do).
     """

@@ -1,7 +1,8 @@
 """Flow-attention: linear attention in which keys compete and queries are gated, from conservation of a flow.
 
-Wu et al., "Flowformer: Linearizing Transformers with Conservation Flows", 2022, arXiv 2202.06258, section 3. Values flow
-from sources (keys, ``j`` of ``m``) to sinks (queries, ``i`` of ``n``) through capacities ``phi = sigmoid``:
+Wu et al., "Flowformer: Linearizing Transformers with Conservation Flows", 2022, arXiv 2202.06258, section 3.
+Values flow from sources (keys, ``j`` of ``m``) to sinks (queries, ``i`` of ``n``) through capacities ``phi =
+sigmoid``:
 
     I_i = phi(q_i) . sum_j phi(k_j)            incoming flow of a sink
     O_j = phi(k_j) . sum_i phi(q_i)            outgoing flow of a source
@@ -11,9 +12,9 @@ from sources (keys, ``j`` of ``m``) to sinks (queries, ``i`` of ``n``) through c
     aggregation:  A_i = phi(q_i) / I_i  sum_j phi(k_j)^T V'_j
     allocation:   R_i = sigmoid(Ihat_i n / m) A_i
 
-(``eps`` is added to both factors of each flow.) The causal form takes running sums and the counts ``n_t`` so far; a
-source's competition weight is then fixed by what was known when it came. Time ``O((n + m) d d_v)``, a state of ``d x d_v``
-and four vectors per head; ``scale`` multiplies the queries, by default with 1.
+(``eps`` is added to both factors of each flow.) The causal form takes running sums and the counts ``n_t`` so
+far; a source's competition weight is then fixed by what was known when it came. Time ``O((n + m) d d_v)``, a
+state of ``d x d_v`` and four vectors per head; ``scale`` multiplies the queries, by default with 1.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ __all__ = ["Flow", "FlowAttention", "FlowQuantities", "FlowState", "flow_attenti
 @dataclass(frozen=True)
 class FlowQuantities:
     """``incoming (batch, heads, n)`` and ``outgoing (batch, heads, m)``, and the same after conservation
-    (``conserved_outgoing`` before it is clamped). Causal: of sums up to each position, the conserved ones per token so
-    far, as the causal form reads them."""
+    (``conserved_outgoing`` before it is clamped). Causal: of sums up to each position, the conserved ones per
+    token so far, as the causal form reads them."""
 
     incoming: Tensor
     outgoing: Tensor
@@ -49,8 +50,8 @@ class FlowQuantities:
 
 @dataclass(frozen=True)
 class FlowState:
-    """What the causal form has summed up so far, per head: keys, queries, both after conservation ``(batch, heads, d)``,
-    the exponents of competition and the count ``(batch, heads, 1)``, and the context."""
+    """What the causal form has summed up so far, per head: keys, queries, both after conservation ``(batch,
+    heads, d)``, the exponents of competition and the count ``(batch, heads, 1)``, and the context."""
 
     keys: Tensor
     queries: Tensor
@@ -83,12 +84,12 @@ def flow_attention(
     query_padding_mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """query ``(batch, heads, n, d)``, key ``(batch, kv_heads, m, d)``, value ``(batch, kv_heads, m, d_v)`` to ``(batch,
-    heads, n, d_v)``; the causal form needs ``n == m``.
+    """query ``(batch, heads, n, d)``, key ``(batch, kv_heads, m, d)``, value ``(batch, kv_heads, m, d_v)`` to
+    ``(batch, heads, n, d_v)``; the causal form needs ``n == m``.
 
-    competition, allocation: switch the paper's two parts off. key_padding_mask, query_padding_mask: True where a token is
-    real, ``(batch, length)`` or broadcastable to ``(batch, heads, length)``; padding is neither source nor sink. Causal:
-    one mask, of the keys. Where no real key is in sight the output is zero.
+    competition, allocation: switch the paper's two parts off. key_padding_mask, query_padding_mask: True
+    where a token is real, ``(batch, length)`` or broadcastable to ``(batch, heads, length)``; padding is
+    neither source nor sink. Causal: one mask, of the keys. Where no real key is in sight the output is zero.
     """
     sinks, sources = _capacities(query, key, scale)
     v = expand_groups(value, query.shape[1]).to(sinks.dtype)
@@ -154,18 +155,15 @@ def _running(tokens: Tensor, before: Tensor | None) -> Tensor:
 def _causal_flows(
     sinks: Tensor, counted: Tensor, sources: Tensor, count: Tensor, state: FlowState | None, eps: float
 ) -> tuple[FlowQuantities, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Flows of sums up to each position, and those sums. ``counted``: the sinks, those that are padding emptied."""
+    """Flows of sums up to each position, and those sums. ``counted``: the sinks, those that are padding
+    emptied."""
     keys = _running(sources, None if state is None else state.keys)
     queries = _running(counted, None if state is None else state.queries)
     incoming, outgoing = _flow(sinks, keys, eps), _flow(sources, queries, eps)
     given = _running(sources * (count / outgoing)[..., None], None if state is None else state.conserved_keys)
-    taken = _running(
-        counted * (count / incoming)[..., None], None if state is None else state.conserved_queries
-    )
+    taken = _running(counted * (count / incoming)[..., None], None if state is None else state.conserved_queries)
     seen = count.clamp_min(1)
-    flows = FlowQuantities(
-        incoming, outgoing, _flow(sinks, given, eps) / seen, _flow(sources, taken, eps) / seen
-    )
+    flows = FlowQuantities(incoming, outgoing, _flow(sinks, given, eps) / seen, _flow(sources, taken, eps) / seen)
     return flows, (keys, queries, given, taken)
 
 
@@ -195,23 +193,21 @@ def _causal(
         share = force / rivals.clamp_min(torch.finfo(force.dtype).tiny) * count
         value = value * share[..., None]
     context = None if state is None else state.context
-    out, context = linear_attention(
-        sinks / flows.incoming[..., None], sources, value, causal=True, state=context
-    )
+    out, context = linear_attention(sinks / flows.incoming[..., None], sources, value, causal=True, state=context)
     if allocation:
         out = out * torch.sigmoid(flows.conserved_incoming)[..., None]
-    last = [total[:, :, -1] for total in sums]
-    heads = (*sinks.shape[:2], 1)
-    return out, FlowState(*last, rivals[..., -1:], count[..., -1:].expand(heads), context)
+    keys, queries, given, taken = (total[:, :, -1] for total in sums)
+    seen = count[..., -1:].expand(*sinks.shape[:2], 1)
+    return out, FlowState(keys, queries, given, taken, rivals[..., -1:], seen, context)
 
 
 @register("flow_attention")
 class Flow(Mechanism):
     """Flow-attention on (query, key, value), without projections.
 
-    competition, allocation: the paper's ablations switch them off. eps: added to both factors of each flow. mask_queries:
-    where a key mask covers as many keys as there are queries it is taken to speak of the tokens of self-attention, so
-    that padding is no sink either; False where such a call is cross-attention.
+    competition, allocation: the paper's ablations switch them off. eps: added to both factors of each flow.
+    mask_queries: where a key mask covers as many keys as there are queries it is taken to speak of the tokens
+    of self-attention, so that padding is no sink either; False where such a call is cross-attention.
     """
 
     patterns = frozenset({"self", "cross", "causal-self"})
@@ -306,7 +302,8 @@ class FlowAttention(Layer):
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, causal: bool = False, mask: Mask | None = None
     ) -> Tensor:
-        """Attend within ``x``, or from ``x`` to ``context`` ``(batch, m, embed_dim)``. mask: of keys alone."""
+        """Attend within ``x``, or from ``x`` to ``context`` ``(batch, m, embed_dim)``. mask: of keys
+        alone."""
         source = x if context is None else context
         keys = layer_keys(mask, source.shape[1], x.device, "FlowAttention")
         query, key, value = (
@@ -331,5 +328,5 @@ class FlowAttention(Layer):
 def _check_causal(query: Tensor, key: Tensor) -> None:
     if query.shape[2] != key.shape[2]:
         raise ShapeError(
-            f"Causal flow-attention is self-attention: as many queries as keys, got {query.shape[2]} and {key.shape[2]}."
+            f"Causal flow-attention needs as many queries as keys, got {query.shape[2]} and {key.shape[2]}."
         )

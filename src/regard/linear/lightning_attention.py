@@ -1,17 +1,19 @@
-"""Lightning attention: linear attention with one decay per head, computed in tiles at constant speed per token.
+"""Lightning attention: linear attention with one decay per head, computed in tiles at constant speed per
+token.
 
-Qin et al., "Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention", 2024, arXiv
-2405.17381, section 3 (the operator) and section 4 (TransNormerLLM's layer).
+Qin et al., "Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention", 2024,
+arXiv 2405.17381, section 3 (the operator) and section 4 (TransNormerLLM's layer).
 
     o_t = q_t sum_{s <= t} lam^(t - s) k_s^T v_s,    lam = exp(-slope of the head)
 
-There is no denominator; a norm of the output replaces it in the layer. In tiles of ``B`` tokens, with ``KV`` the state
-before the tile: the part inside a tile is ``((Q K^T) * M) V`` with ``M_ij = lam^(i - j)`` for ``i >= j``, the part before
-it is ``diag(lam, ..., lam^B) Q KV``, and ``KV`` becomes ``lam^B KV + (diag(lam^(B - 1), ..., 1) K)^T V``. No power of
-``1 / lam`` is ever formed. Time ``O(N d (d + B))``, one state ``d x d_v`` per head; decoding is the recurrence.
+There is no denominator; a norm of the output replaces it in the layer. In tiles of ``B`` tokens, with ``KV``
+the state before the tile: the part inside a tile is ``((Q K^T) * M) V`` with ``M_ij = lam^(i - j)`` for ``i
+>= j``, the part before it is ``diag(lam, ..., lam^B) Q KV``, and ``KV`` becomes ``lam^B KV + (diag(lam^(B -
+1), ..., 1) K)^T V``. No power of ``1 / lam`` is ever formed. Time ``O(N d (d + B))``, one state ``d x d_v``
+per head; decoding is the recurrence.
 
-:class:`LightningAttention` is the operator on (query, key, value); :class:`TnlAttention` is the paper's layer around it:
-``(norm(lightning(SiLU(x Wq), SiLU(x Wk), x Wv)) * x Wu) Wo``.
+:class:`LightningAttention` is the operator on (query, key, value); :class:`TnlAttention` is the paper's layer
+around it: ``(norm(lightning(SiLU(x Wq), SiLU(x Wk), x Wv)) * x Wu) Wo``.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ MODES = ("tiled", "recurrent", "parallel", "cumsum")
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """``2^(-8 i / H)`` for ``i = 1 .. H`` (float64), as in ALiBi; for ``H`` that is no power of two the slopes of the next
-    lower power, then every other one of the next higher."""
+    """``2^(-8 i / H)`` for ``i = 1 .. H`` (float64), as in ALiBi; for ``H`` that is no power of two the
+    slopes of the next lower power, then every other one of the next higher."""
     if heads < 1:
         raise OptionError(f"heads must be at least 1, got {heads}.")
     lower = 2 ** int(math.log2(heads))
@@ -61,7 +63,8 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 def decay_slopes(heads: int, layer: int = 0, layers: int = 1) -> Tensor:
-    """Slopes ``(heads,)`` of layer ``layer`` (from 0) of ``layers``: ALiBi's, times ``1 - layer / (layers - 1) + 1e-5``.
+    """Slopes ``(heads,)`` of layer ``layer`` (from 0) of ``layers``: ALiBi's, times ``1 - layer / (layers -
+    1) + 1e-5``.
 
     The last layer hardly decays. A single layer counts as the first.
     """
@@ -83,10 +86,10 @@ def lightning_attention(
 ) -> tuple[Tensor, LinearState]:
     """Output ``(batch, heads, N, d_v)`` and the state ``(batch, heads, d, d_v)`` after the last token.
 
-    query ``(batch, heads, N, d)``, key and value ``(batch, kv_heads, N, ...)``, slope ``(heads,)`` of any size >= 0 (an
-    infinite one forgets everything but the token itself). ``state`` continues an earlier stretch. mode: ``"tiled"``,
-    ``"recurrent"``, ``"parallel"`` (the masked ``N x N`` matrix) or ``"cumsum"`` (all ``N`` states at once, the slow form
-    that tiling replaces).
+    query ``(batch, heads, N, d)``, key and value ``(batch, kv_heads, N, ...)``, slope ``(heads,)`` of any
+    size >= 0 (an infinite one forgets everything but the token itself). ``state`` continues an earlier
+    stretch. mode: ``"tiled"``, ``"recurrent"``, ``"parallel"`` (the masked ``N x N`` matrix) or ``"cumsum"``
+    (all ``N`` states at once, the slow form that tiling replaces).
     """
     if slope.shape != (query.shape[1],):
         raise ShapeError(f"slope has one value per query head ({query.shape[1]},), got {tuple(slope.shape)}.")
@@ -112,7 +115,8 @@ def lightning_attention(
 def _all_states(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: LinearState | None, scale: float
 ) -> tuple[Tensor, LinearState]:
-    """Every state ``S_t`` at once, ``(batch, heads, N, d, d_v)``: a cumulative sum, or a doubling scan under a decay."""
+    """Every state ``S_t`` at once, ``(batch, heads, N, d, d_v)``: a cumulative sum, or a doubling scan under
+    a decay."""
     work, heads = log_decay.dtype, query.shape[1]
     q, k, v = query.to(work) * scale, expand_groups(key, heads).to(work), expand_groups(value, heads).to(work)
     states = k[..., :, None] * v[..., None, :]
@@ -142,9 +146,9 @@ class LightningState:
 class LightningAttention(Mechanism):
     """The operator alone, causal self-attention without a denominator.
 
-    slopes: of the decay per head; by default :func:`decay_slopes` for ``layer_index`` of ``num_layers``. block_size:
-    tokens of a tile; it changes speed, not the result. feature_map: ``"identity"`` (the operator) or ``"silu"`` on
-    queries and keys, as TransNormerLLM has it. The default ``scale`` is 1.
+    slopes: of the decay per head; by default :func:`decay_slopes` for ``layer_index`` of ``num_layers``.
+    block_size: tokens of a tile; it changes speed, not the result. feature_map: ``"identity"`` (the operator)
+    or ``"silu"`` on queries and keys, as TransNormerLLM has it. The default ``scale`` is 1.
     """
 
     patterns = frozenset({"causal-self"})
@@ -193,9 +197,7 @@ class LightningAttention(Mechanism):
     def init_state(self, batch: int, *, like: Tensor) -> LightningState:
         return LightningState()
 
-    def step(
-        self, query: Tensor, key: Tensor, value: Tensor, state: LightningState
-    ) -> tuple[Tensor, LightningState]:
+    def step(self, query: Tensor, key: Tensor, value: Tensor, state: LightningState) -> tuple[Tensor, LightningState]:
         out, running = self._run(query, key, value, state.running, 1.0)
         return out, LightningState(running)
 
@@ -217,11 +219,12 @@ class LightningAttention(Mechanism):
 
 
 def lrpe(x: Tensor, theta: Tensor, start: int = 0) -> Tensor:
-    """Position by rotation: ``x (batch, heads, N, d)`` to ``[x cos(theta t), x sin(theta t)]`` ``(batch, heads, N, 2 d)``.
+    """Position by rotation: ``x (batch, heads, N, d)`` to ``[x cos(theta t), x sin(theta t)]`` ``(batch,
+    heads, N, 2 d)``.
 
-    ``theta (heads, d)``: an angle per channel. Products of two such vectors are ``sum_c q_c k_c cos(theta_c (t - s))``, the
-    real part of ``q_t . k_s exp(i theta (t - s))`` (linearised relative position encoding, Qin et al., 2023, arXiv
-    2307.09270). ``start``: position of the first token.
+    ``theta (heads, d)``: an angle per channel. Products of two such vectors are ``sum_c q_c k_c cos(theta_c
+    (t - s))``, the real part of ``q_t . k_s exp(i theta (t - s))`` (linearised relative position encoding,
+    Qin et al., 2023, arXiv 2307.09270). ``start``: position of the first token.
     """
     # Angles are formed in float64: at long lengths float32 loses digits of position times angle.
     positions = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float64)
@@ -241,8 +244,9 @@ class TnlAttention(Layer):
     """Gated lightning attention, ``(batch, length, embed_dim)`` in and out, always causal.
 
     layer_index, num_layers: give the slopes, and the first layer alone has :func:`lrpe` besides the decay
-    (``position``: None decides so, True or False by will). official: the module that the authors maintain instead, with
-    SiLU on the values too, LayerNorm, and a gate ``sigmoid(x A B)`` of rank ``head_dim``; it has no LRPE.
+    (``position``: None decides so, True or False by will). official: the module that the authors maintain
+    instead, with SiLU on the values too, LayerNorm, and a gate ``sigmoid(x A B)`` of rank ``head_dim``; it
+    has no LRPE.
     """
 
     patterns = frozenset({"causal-self"})
@@ -279,9 +283,7 @@ class TnlAttention(Layer):
             self.norm = SRMSNorm()
             self.gate = nn.Linear(embed_dim, embed_dim, bias=False)
         self.layer_index, self.num_layers = layer_index, num_layers
-        decay_slopes(
-            num_heads, layer_index, num_layers
-        )  # refuses impossible numbers now, not at the first call
+        decay_slopes(num_heads, layer_index, num_layers)  # refuses impossible numbers now, not at the first call
         self.theta: nn.Parameter | None = None
         if (layer_index == 0 if position is None else position) and not official:
             rates = 10000 ** (-2 * torch.arange(embed_dim, dtype=torch.float64) / embed_dim)
@@ -304,9 +306,7 @@ class TnlAttention(Layer):
         query, key, value = F.silu(self.query(x)), F.silu(self.key(x)), self.value(x)
         if self.official:
             value = F.silu(value)
-        query, key, value = (
-            t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value)
-        )
+        query, key, value = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
         if keys is not None:
             key, value = (t.masked_fill(~keys[..., None], 0) for t in (key, value))
         if self.theta is not None:

@@ -29,7 +29,5 @@ def layer_keys(mask: Mask | None, length: int, device: torch.device, name: str) 
         return None
     keys = mask.to(device).key_validity(length)
     if keys is None:
-        raise UnsupportedMaskError(
-            f"{name} can hide keys (KeyPadding), but not per query as {mask!r:.120} does."
-        )
+        raise UnsupportedMaskError(f"{name} can hide keys (KeyPadding), but not per query as {mask!r:.120} does.")
     return keys.to(device)

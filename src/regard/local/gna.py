@@ -3,8 +3,8 @@
 Along each axis of length ``L``, with window ``w``, stride ``s`` and dilation ``D`` (arXiv 2504.16922, section 3):
 
 - queries go in groups of ``s``; the leader of query ``i`` is ``l = min((i // s) s + s // 2, L - 1)``;
-- its window is ``[start, start + w)`` with ``start = max(l - w // 2, 0)``, or ``L - w`` where it would stick out, so it is
-  moved inward at the border and every query has exactly ``w`` keys (even windows are allowed);
+- its window is ``[start, start + w)`` with ``start = max(l - w // 2, 0)``, or ``L - w`` where it would stick out, so it
+  is moved inward at the border and every query has exactly ``w`` keys (even windows are allowed);
 - a causal axis ends at the query: ``l = min((i // s) s + s - 1, L - 1)``, ``start = max(l - w + 1, 0)``, end ``i + 1``;
 - with dilation the rule holds inside each residue class ``i mod D``.
 
@@ -35,7 +35,7 @@ from regard.kernels import dense_attention, merge_attentions
 from regard.kernels.shared_blocks import shared_block_attention
 from regard.layout import BlockLayout
 from regard.local.tiles import Reindexed, TileOrder, balanced_tile, tile_order
-from regard.masks import Causal, Everything, Mask, Neighborhood, axis_windows
+from regard.masks import Causal, Mask, Neighborhood, axis_windows
 from regard.mechanism import Request, SparseMechanism, per_axis
 from regard.registry import register
 
@@ -72,8 +72,12 @@ def neighborhood_mask(
     return Neighborhood.of(space, window, stride, dilation, causal).dense(count, count)[0, 0]
 
 
-@lru_cache(maxsize=64)
-def _plan(rule: Neighborhood, raster: bool, tile: tuple[int, ...], device: torch.device) -> tuple[TileOrder, BlockLayout]:
+@torch.compiler.disable
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _plan(
+    rule: Neighborhood, raster: bool, tile: tuple[int, ...], device: torch.device
+) -> tuple[TileOrder, BlockLayout]:
     """Tile order and layout of a neighbourhood; kept, because they depend on sizes alone."""
     order = tile_order(rule.grid, tile, rule.dilation, device)
     return order, _layout(rule & Causal() if raster else rule, order)
@@ -96,7 +100,7 @@ def _keys(mask: Mask, first: int, stop: int, q_len: int, k_len: int, device: tor
 class GeneralizedNeighborhoodAttention(SparseMechanism):
     """window, stride, dilation, causal_axes: one value, or one per axis of the grid (without a grid the sequence is one
     axis). A window is never larger than its axis: dilation gives way first, then the window, then the stride.
-    extra_tokens: the last so many keys and values are not on the grid and are seen by all queries (text beside an image).
+    extra_tokens: so many last keys and values are not on the grid and are seen by all queries (text beside an image).
     tile: tokens per axis computed together; it changes speed, not the result.
 
     With ``causal=True`` the first axis is causal and, on a grid of several axes, later tokens in row-major order are
@@ -162,8 +166,8 @@ class GeneralizedNeighborhoodAttention(SparseMechanism):
         q_len, k_len = query.shape[2], key.shape[2]
         if k_len != q_len + self.extra_tokens:
             raise ShapeError(
-                f"gna with extra_tokens={self.extra_tokens} takes {q_len + self.extra_tokens} keys for {q_len} queries, "
-                f"got {k_len}."
+                f"gna with extra_tokens={self.extra_tokens} takes {q_len + self.extra_tokens} keys for {q_len} "
+                f"queries, got {k_len}."
             )
         grid = (q_len,) if request.grid is None else request.grid
         order, layout = self.plan(grid, request.causal, query.device)
@@ -178,11 +182,11 @@ class GeneralizedNeighborhoodAttention(SparseMechanism):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
         order, layout = self._planned(query, key, request)
         grid_len = order.length
-        tokens = [order.apply(x) for x in (query, key[:, :, :grid_len], value[:, :, :grid_len])]
+        q, k, v = (order.apply(x) for x in (query, key[:, :, :grid_len], value[:, :, :grid_len]))
         if not self.extra_tokens:
-            out = shared_block_attention(*tokens, layout, scale=request.scale)  # type: ignore[misc]
+            out = shared_block_attention(q, k, v, layout, scale=request.scale)
             return order.undo(out)
-        out, lse = shared_block_attention(*tokens, layout, scale=request.scale, return_lse=True)  # type: ignore[misc]
+        out, lse = shared_block_attention(q, k, v, layout, scale=request.scale, return_lse=True)
         extra_mask = None
         if request.mask is not None:
             extra_mask = _keys(request.mask, grid_len, key.shape[2], grid_len, key.shape[2], query.device)
@@ -235,13 +239,13 @@ def neighborhood_attention(
     """Neighborhood attention on ``(batch, heads, *space, head_dim)`` with one to three axes of space.
 
     Parameters are one value or one per axis, with ``1 <= stride <= window`` and ``window * dilation <= length``.
-    ``extra_key`` and ``extra_value`` ``(batch, heads, tokens, head_dim)`` are seen by every query. Returns the output,
-    shaped like ``query`` with the values' last axis, and with ``return_lse`` the log-sum-exp ``(batch, heads, *space)``.
+    ``extra_key`` and ``extra_value`` ``(batch, heads, tokens, head_dim)`` are seen by every query. Returns the output
+    ``(batch, heads, *space, value_dim)`` and with ``return_lse`` the log-sum-exp ``(batch, heads, *space)``.
     """
     if query.dim() not in (4, 5, 6) or query.shape[2:-1] != key.shape[2:-1] or key.shape[:-1] != value.shape[:-1]:
         raise ShapeError(
-            "Neighborhood attention takes (batch, heads, *space, head_dim) with one to three axes of space, the same for "
-            f"all; got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
+            "Neighborhood attention takes (batch, heads, *space, head_dim) with one to three axes of space, the same "
+            f"for all; got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
         )
     if (extra_key is None) != (extra_value is None):
         raise ShapeError("Extra keys and extra values come together: give both extra_key and extra_value, or neither.")
@@ -250,16 +254,14 @@ def neighborhood_attention(
     inner = tuple(-(-n // d) for n, d in zip(space, rule.dilation, strict=True))
     sides = balanced_tile(inner) if tile is None else per_axis("tile", tile, len(inner))
     order, layout = _plan(rule, False, tuple(min(a, b) for a, b in zip(sides, inner, strict=True)), query.device)
-    flat = [x.flatten(2, -2) for x in (query, key, value)]
+    flat = query.flatten(2, -2)
+    q, k, v = (order.apply(x.flatten(2, -2)) for x in (query, key, value))
     if not return_lse and extra_key is None:
-        out = shared_block_attention(*(order.apply(x) for x in flat), layout, scale=scale)  # type: ignore[misc]
-        return order.undo(out).unflatten(2, space)
-    out, lse = shared_block_attention(  # type: ignore[misc]
-        *(order.apply(x) for x in flat), layout, scale=scale, return_lse=True
-    )
+        return order.undo(shared_block_attention(q, k, v, layout, scale=scale)).unflatten(2, space)
+    out, lse = shared_block_attention(q, k, v, layout, scale=scale, return_lse=True)
     out, lse = order.undo(out), order.undo(lse)
     if extra_key is not None and extra_value is not None:
-        extra, extra_lse = dense_attention(flat[0], extra_key, extra_value, scale=scale, return_lse=True)
+        extra, extra_lse = dense_attention(flat, extra_key, extra_value, scale=scale, return_lse=True)
         out, lse = merge_attentions((out, extra), (lse, extra_lse))
     out, lse = out.unflatten(2, space), lse.unflatten(2, space)
     return (out, lse) if return_lse else out
@@ -293,8 +295,9 @@ class GNASimulator:
     """How much of a neighbourhood's sparsity tiles can turn into speed, counted without computing attention.
 
     A tile of queries must visit every tile of keys that one of its windows touches. tiling: ``"multi"`` cuts the grid
-    itself into tiles; ``"flat"`` cuts the row-major sequence into runs of as many tokens, as kernels for text do. kv_start:
-    tiles of keys lie on a fixed lattice (``"static"``) or begin where the queries' windows do (``"dynamic"``).
+    itself into tiles; ``"flat"`` cuts the row-major sequence into runs of as many tokens, as kernels for text do.
+    kv_start: tiles of keys lie on a fixed lattice (``"static"``), or begin where the queries' windows do
+    (``"dynamic"``).
     """
 
     shape: tuple[int, ...]

@@ -3,8 +3,8 @@
 The map is cut into windows of ``w x w`` tokens; each token attends to its own window with a learned bias per relative
 position: ``softmax(q k^T / sqrt(d) + B) v``, ``B_ij = table[offset(i, j)]`` (arXiv 2103.14030, equation 4). In every
 second layer the map is first rolled by ``-floor(w / 2)``, so that the new windows straddle the old borders; tokens that
-meet in a window only because the roll wraps around (different *regions*) do not see each other. A side no longer than the
-window becomes the window, without shift. Maps that are no multiple of the window are filled up at the bottom and right.
+meet in a window only because the roll wraps around (different *regions*) do not see each other. A side no longer than
+the window becomes the window, without shift. Maps that are no multiple of it are filled up at the bottom and right.
 
 The released code leaves filled-up keys visible and separates regions by adding -100 to the logits, which leaks about
 4e-44 of the weight; here both are hidden exactly, and ``official=True`` gives the released behaviour.
@@ -197,8 +197,8 @@ class WindowAttention(nn.Module):
         self.position_bias = RelativePositionBias(self.window, num_heads)
 
     def forward(self, windows: Tensor, mask: Tensor | None = None, window: Sequence[int] | None = None) -> Tensor:
-        """mask: ``(distinct windows, n, n)``, boolean (True: visible) or added to the logits; the windows of each example
-        follow one another. window: their sides, where smaller than the table's."""
+        """mask: ``(distinct windows, n, n)``, boolean (True: visible) or added to the logits; the windows of each
+        example follow one another. window: their sides, where smaller than the table's."""
         query, key, value = (
             x.transpose(1, 2) for x in self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         )
@@ -299,7 +299,8 @@ class SwinMLPBlock(Layer):
         super().__init__()
         if embed_dim % num_heads or not 0 <= shift < window:
             raise OptionError(
-                f"Need num_heads dividing embed_dim and 0 <= shift < window; got {embed_dim}, {num_heads}, {shift}, {window}."
+                f"Need num_heads dividing embed_dim and 0 <= shift < window; got {num_heads}, {embed_dim}, {shift}, "
+                f"{window}."
             )
         self.window, self.shift, self.num_heads = window, shift, num_heads
         tokens = num_heads * window**2
@@ -330,8 +331,8 @@ class SwinMLPBlock(Layer):
 
 
 class PatchMerging(nn.Module):
-    """Half the resolution: the four neighbours of each 2 x 2 cell, in order (0, 0), (1, 0), (0, 1), (1, 1), become ``4 C``
-    channels, normed and projected to ``2 C``. Odd sides are filled up with zeros."""
+    """Half the resolution: the four neighbours of each 2 x 2 cell, in order (0, 0), (1, 0), (0, 1), (1, 1), become
+    ``4 C`` channels, normed and projected to ``2 C``. Odd sides are filled up with zeros."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ __all__ = ["Reindexed", "TileOrder", "balanced_tile", "tile_order", "token_permu
 
 
 def balanced_tile(grid: Sequence[int], volume: int = 64) -> tuple[int, ...]:
-    """A tile of up to ``volume`` tokens, as nearly cubic as the grid allows, its sides powers of two or a whole axis."""
+    """A tile of up to ``volume`` tokens, as nearly cubic as the grid allows, its sides powers of two or whole axes."""
     tile = [1] * len(grid)
     while True:
         growing = [a for a in range(len(grid)) if tile[a] < grid[a] and 2 * math.prod(tile) <= volume]
@@ -73,7 +73,9 @@ class TileOrder:
         return F.pad(self.valid, (0, short)).view(-1, self.block).sum(-1)
 
 
+@torch.compiler.disable
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def tile_order(
     grid: tuple[int, ...], tile: tuple[int, ...], dilation: tuple[int, ...], device: torch.device
 ) -> TileOrder:
@@ -141,8 +143,15 @@ class Reindexed(Mask):
         return possible & queries.any(-1)[:, None] & keys.any(-1), certain & keys.all(-1)
 
     def to(self, device: torch.device | str) -> Mask:
-        tensors = (t.to(device) for t in (self.query_index, self.key_index, self.query_valid, self.key_valid))
-        return Reindexed(self.inner.to(device), *tensors, self.q_len, self.k_len)
+        return Reindexed(
+            self.inner.to(device),
+            self.query_index.to(device),
+            self.key_index.to(device),
+            self.query_valid.to(device),
+            self.key_valid.to(device),
+            self.q_len,
+            self.k_len,
+        )
 
 
 def _split(space: Sequence[int], tile: Sequence[int], dilation: Sequence[int]) -> list[int]:
@@ -155,8 +164,8 @@ def _split(space: Sequence[int], tile: Sequence[int], dilation: Sequence[int]) -
 def token_permute(x: Tensor, tile: Sequence[int], dilation: Sequence[int] | None = None) -> Tensor:
     """``(batch, heads, *space, dim)`` -> ``(batch * classes, heads, tokens, dim)``, tile-major.
 
-    Each residue class modulo ``dilation`` becomes a sequence of its own (``classes = prod(dilation)``, varying fastest in
-    the batch); its tokens come tile by tile, and borders are filled with zeros up to whole tiles.
+    Each residue class modulo ``dilation`` becomes a sequence of its own (``classes = prod(dilation)``, varying fastest
+    in the batch); its tokens come tile by tile, and borders are filled with zeros up to whole tiles.
     """
     axes = x.dim() - 3
     rates = (1,) * axes if dilation is None else tuple(dilation)

@@ -115,7 +115,9 @@ class WindowPlan:
         return x.reshape(len(x), heads, -1, dim)[:, :, self.inverse]
 
 
+@torch.compiler.disable
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def window_plan(
     grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], device: torch.device
 ) -> WindowPlan:
@@ -168,15 +170,12 @@ def windowed_attention(
         logits = (apart if logits is None else logits + apart).to(query.dtype).repeat(batch, 1, 1, 1)
     visible = None if seen is None else seen[None, None]
     if mask is not None:
-        allowed = mask.at(
-            plan.token[None, None, :, :, None], plan.token[None, None, :, None, :], length, length
-        )
+        allowed = mask.at(plan.token[None, None, :, :, None], plan.token[None, None, :, None, :], length, length)
         visible = allowed if visible is None else visible & allowed
     rule = None
     if visible is not None:
         whole = visible.expand(batch, -1, windows, n, n).transpose(1, 2).flatten(0, 1)
         rule = Boolean(whole)
-    out = dense_attention(
-        *(plan.apply(x) for x in (query, key, value)), bias=logits, mask=rule, scale=scale  # type: ignore[misc]
-    )
-    return plan.undo(out)
+
+    q, k, v = (plan.apply(x) for x in (query, key, value))
+    return plan.undo(dense_attention(q, k, v, bias=logits, mask=rule, scale=scale))

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from regard.errors import OptionError
+from regard.layers.drop_path import drop_path_rates
 from regard.local.swin import PatchMerging, SwinBlock, SwinMLPBlock
 
 __all__ = ["PRESETS", "Swin", "SwinMLP"]
@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Swin(nn.Module):
-    """Images ``(batch, in_channels, height, width)`` -> logits ``(batch, num_classes)``; :meth:`maps` gives the stages."""
+    """Images ``(batch, in_channels, height, width)`` -> logits ``(batch, num_classes)``; :meth:`maps` gives stages."""
 
     def __init__(
         self,
@@ -49,9 +49,9 @@ class Swin(nn.Module):
         self.patch = nn.Conv2d(in_channels, embed_dim, patch_size, stride=patch_size)
         self.patch_norm = nn.LayerNorm(embed_dim)
         self.patch_size = patch_size
-        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+        rates = drop_path_rates(drop_path, sum(depths))
         self.stages, self.merges = nn.ModuleList(), nn.ModuleList()
-        options = {"mlp_ratio": mlp_ratio, **({"official": True} if official else {})}
+        options: dict[str, Any] = {"mlp_ratio": mlp_ratio, **({"official": True} if official else {})}
         for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             width = embed_dim * 2**stage
             blocks = [
@@ -89,7 +89,7 @@ class Swin(nn.Module):
         x = self.patch_norm(patches.flatten(2).transpose(1, 2))
         found = []
         for stage, blocks in enumerate(self.stages):
-            for block in blocks:
+            for block in blocks:  # type: ignore[attr-defined]
                 x = block(x, grid=grid)
             found.append(x.transpose(1, 2).unflatten(2, grid))
             if stage < len(self.merges):

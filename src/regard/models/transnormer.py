@@ -1,9 +1,9 @@
 """TransNormerLLM: a language model on lightning attention.
 
-Qin et al., "Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention", 2024, arXiv
-2405.17381, section 4; the architecture is that of "TransNormerLLM", 2023, arXiv 2307.14995. A block is ``x +
-TnlAttention(SRMSNorm(x))``, then ``x + SGLU(SRMSNorm(x))`` with ``SGLU(x) = (x Wv * x Wu) Wo``, a gated unit without an
-activation. The first layer has rotations besides its decay, the others the decay alone.
+Qin et al., "Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention", 2024,
+arXiv 2405.17381, section 4; the architecture is that of "TransNormerLLM", 2023, arXiv 2307.14995. A block is
+``x + TnlAttention(SRMSNorm(x))``, then ``x + SGLU(SRMSNorm(x))`` with ``SGLU(x) = (x Wv * x Wu) Wo``, a gated
+unit without an activation. The first layer has rotations besides its decay, the others the decay alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ __all__ = ["SGLU", "TransNormerBlock", "TransNormerLLM"]
 
 
 class SGLU(nn.Module):
-    """``(x Wv * x Wu) Wo``: a simple gated linear unit. ``hidden`` defaults to ``8 / 3`` of the width, in steps of 8."""
+    """``(x Wv * x Wu) Wo``: a simple gated linear unit. ``hidden`` defaults to ``8 / 3`` of the width, in
+    steps of 8."""
 
     def __init__(self, embed_dim: int, hidden: int | None = None) -> None:
         super().__init__()
@@ -35,7 +36,8 @@ class SGLU(nn.Module):
 
 
 class TransNormerBlock(nn.Module):
-    """Gated lightning attention and a simple gated linear unit, each behind an SRMSNorm and added to the stream."""
+    """Gated lightning attention and a simple gated linear unit, each behind an SRMSNorm and added to the
+    stream."""
 
     def __init__(
         self, embed_dim: int, num_heads: int, layer_index: int, num_layers: int, hidden: int | None = None
@@ -59,8 +61,8 @@ class TransNormerBlock(nn.Module):
 
 
 class TransNormerLLM(nn.Module):
-    """Tokens ``(batch, length)`` to logits ``(batch, length, vocab_size)``; decoding keeps one state per layer, whose size
-    does not depend on how much was read."""
+    """Tokens ``(batch, length)`` to logits ``(batch, length, vocab_size)``; decoding keeps one state per
+    layer, whose size does not depend on how much was read."""
 
     def __init__(
         self, vocab_size: int, embed_dim: int, num_layers: int, num_heads: int, hidden: int | None = None
@@ -97,8 +99,6 @@ class TransNormerLLM(nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
-            raise ShapeError(
-                f"Tokens are integers (batch, length), got {tokens.dtype} of shape {tuple(tokens.shape)}."
-            )
+            raise ShapeError(f"Tokens are integers (batch, length), got {tokens.dtype} of shape {tuple(tokens.shape)}.")
         hidden: Tensor = self.embed(tokens)
         return hidden

@@ -57,9 +57,7 @@ class _Parsed:
     bias: Tensor | None = None
 
 
-def read_mask(
-    mask: Any, q_len: int, k_len: int, causal: bool, *, position_bias: Tensor | None = None, offset: int = 0
-) -> Reading:
+def read_mask(mask: Any, q_len: int, k_len: int, causal: bool, *, position_bias: Tensor | None = None) -> Reading:
     """Read a mask for ``q_len`` queries and ``k_len`` keys.
 
     causal: whether the layer is a causal self-attention; with no mask at all it is then causal from the first key on.
@@ -72,7 +70,7 @@ def read_mask(
         keys = q_len if causal and 1 < q_len < k_len else k_len
         return Reading(causal, None, _cut(position_bias, keys), keys)
     tensor = _four_axes(mask, q_len, k_len)
-    parsed = _cached(tensor if tensor is not mask else mask, q_len, k_len, causal)
+    parsed = _cached(tensor, q_len, k_len, causal)
     rule: Mask | None = None
     if parsed.padding is not None:
         rule = KeyPadding(parsed.padding)

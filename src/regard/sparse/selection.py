@@ -5,15 +5,17 @@ Scores carry both: ``+inf`` is always chosen, ``-inf`` never.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from regard.masks import Boolean, Causal, Mask
+from regard.layout import num_blocks
+from regard.masks import Boolean, Bounds, Causal, Mask, MaskMod
 from regard.mechanism import Request
 
-__all__ = ["settle_mask", "top_k_mask", "top_p_mask"]
+__all__ = ["Lifetime", "PrefixTopK", "prefix_top_k", "settle_mask", "top_k_mask", "top_p_mask"]
 
 
 def settle_mask(request: Request, q_len: int, k_len: int) -> tuple[Mask | None, Tensor | None]:
@@ -62,3 +64,92 @@ def top_p_mask(
     kept[..., :minimum] = True
     kept = (kept | torch.as_tensor(top_p, device=shares.device).ge(1)) & (ordered > 0)
     return torch.zeros_like(kept).scatter_(-1, order, kept)
+
+
+@dataclass(frozen=True, eq=False)
+class Lifetime(Mask):
+    """A causal rule in which keys die: query at position ``i`` sees key ``j`` iff ``j <= i < death[j]``.
+
+    ``death`` ``(batch | 1, heads | 1, k_len)`` integers; a key with ``death <= j`` is never seen.
+    """
+
+    death: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.death.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.death.shape[1]
+
+    def mod(self, q_len: int, k_len: int) -> MaskMod:
+        offset, death = k_len - q_len, self.death
+        return lambda b, h, q, k: (k <= q + offset) & (q + offset < death[b, h, k])
+
+    def bounds(self, q_blocks: Tensor, k_blocks: Tensor, q_len: int, k_len: int) -> Bounds:
+        position = (q_blocks + (k_len - q_len))[:, None]  # (query blocks, 1, members)
+        first, last = position.amin(-1), position.amax(-1)
+        death = self.death[:, :, k_blocks][:, :, None]  # (batch, heads, 1, key blocks, members)
+        early, late = k_blocks.amin(-1), k_blocks.amax(-1)
+        return (early <= last) & (death.amax(-1) > first), (late <= first) & (death.amin(-1) > last)
+
+    def to(self, device: torch.device | str) -> Mask:
+        return Lifetime(self.death.to(device))
+
+
+@dataclass(frozen=True)
+class PrefixTopK:
+    """The ``keep`` best keys of every prefix.
+
+    ``lists`` ``(batch, heads, query blocks, keep + block)`` int64: keys that any query of a block keeps (-1: empty), of
+    which the first ``settled`` are kept by all its queries; ``rule``: which query keeps which key.
+    """
+
+    lists: Tensor
+    settled: int
+    rule: Lifetime
+
+
+@torch.no_grad()
+def prefix_top_k(scores: Tensor, keep: int, q_len: int, block_q: int, keys: Tensor | None = None) -> PrefixTopK:
+    """The ``keep`` keys of largest score among those up to each query, ties to the more recent.
+
+    ``scores`` ``(batch, heads, k_len)`` do not depend on the query, so a key that falls out never returns and the choice
+    is a life from ``j`` to ``death[j]``: it is found in one sweep over blocks of queries, in time ``O(k_len / block_q *
+    (keep + block_q) log)``. ``keys`` ``(batch | 1, heads | 1, k_len)`` boolean: candidates.
+    """
+    batch, heads, k_len = scores.shape
+    device, keep = scores.device, min(keep, k_len)
+    # Ranks turn "larger score, then later" into one order without ties; -1 is no candidate.
+    order = scores.argsort(dim=-1, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(k_len, device=device).expand_as(order))
+    if keys is not None:
+        rank = rank.masked_fill(~keys, -1)
+    rank = torch.cat((rank, rank.new_full((batch, heads, 1), -1)), -1)  # an empty slot, k_len, has the lowest rank
+    death = torch.full_like(rank, k_len).masked_fill_(rank < 0, 0)
+    start, none = k_len - q_len, order.new_full((batch, heads, keep), k_len)
+    alive = none
+    if start > 0:
+        best = rank[..., :start].topk(min(keep, start), -1)
+        alive = torch.cat((best.indices, none[..., best.indices.shape[-1] :]), -1)
+        fallen = torch.ones_like(rank[..., :start], dtype=torch.bool).scatter_(-1, best.indices, False)
+        death[..., :start].masked_fill_(fallen, 0)
+    lists = order.new_full((batch, heads, num_blocks(q_len, block_q), keep + block_q), -1)
+    for block in range(lists.shape[2]):
+        first, last = start + block * block_q, min(start + (block + 1) * block_q, k_len)
+        if last <= 0:
+            continue
+        new = torch.arange(max(first, 0), last, device=device).expand(batch, heads, -1)
+        both = torch.cat((alive, new), -1)
+        lists[:, :, block, : both.shape[-1]] = torch.where(rank.gather(-1, both) < 0, -1, both)
+        ordered, place = rank.gather(-1, both).sort(dim=-1, descending=True)
+        members = both.gather(-1, place)
+        # A key falls when the older better ones and the new better ones that have come make `keep`.
+        old = (place < keep).long()
+        older = (old.cumsum(-1) - old)[..., keep:]
+        better = rank.gather(-1, new)[..., None, :] > ordered[..., keep:, None]
+        fall = new[..., :1] + ((older[..., None] + better.cumsum(-1)) < keep).sum(-1)
+        death.scatter_(-1, members[..., keep:], fall)
+        alive = members[..., :keep]
+    return PrefixTopK(lists, max(keep - block_q, 0), Lifetime(death[..., :k_len].masked_fill(rank[..., :k_len] < 0, 0)))

@@ -1,0 +1,275 @@
+"""Kernels in C++ for CPUs, compiled at first use with the compiler that is there; without one, nothing is lost but speed.
+
+Nothing is built when regard is installed. The first problem that takes long enough to be worth it compiles ``native.cpp``
+(a few seconds) into the user's cache, ``REGARD_CACHE`` or ``~/.cache/regard``, keyed by source, compiler flags and
+processor; later processes load it from there. ``REGARD_NATIVE=0`` switches native kernels off, ``REGARD_NATIVE=1`` compiles
+at the first use of any size. :func:`status` says what is the case and why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from regard.errors import BackendError
+from regard.kernels.block_plan import Plan, plan_of
+from regard.layout import BlockLayout
+
+__all__ = ["Status", "available", "backward", "forward", "status", "worthwhile"]
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
+_TUNED = ("-march=native",)
+
+# Floating-point operations of a call from which a built library is used, and from which it is built for it.
+_USE, _BUILD = 1 << 24, 1 << 33
+# Bytes of masks inside partial blocks that are handed over at once.
+_MASKS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether native kernels run here: ``ready``, ``not built`` (they will be when worth it), ``off`` or ``failed``."""
+
+    state: str
+    detail: str
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "batch heads kv_heads q_len k_len dim value_dim block_q block_k "
+                "list_batch list_heads first_block last_block threads"
+            ).split()
+        ),
+        *((name, ctypes.c_void_p) for name in ("starts", "columns", "tiles", "visible")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+_lock = threading.Lock()
+_library: ctypes.CDLL | None = None
+_failure: str | None = None
+
+
+def status() -> Status:
+    """What is the case on this machine, without building anything."""
+    if os.environ.get("REGARD_NATIVE") == "0":
+        return Status("off", "REGARD_NATIVE=0")
+    if _failure is not None:
+        return Status("failed", _failure)
+    if _library is not None or _path().exists():
+        return Status("ready", str(_path()))
+    compiler = _compiler()
+    if compiler is None:
+        return Status("failed", "no C++ compiler found (CXX, c++, g++, clang++); the PyTorch forms run")
+    return Status("not built", f"{compiler} will build it in {_path().parent} when a problem is large enough")
+
+
+def available(*, build: bool) -> bool:
+    """Whether native kernels can run now; with ``build`` they are compiled if need be."""
+    if os.environ.get("REGARD_NATIVE") == "0":
+        return False
+    if _library is not None:
+        return True
+    if _failure is not None or not (build or os.environ.get("REGARD_NATIVE") == "1" or _path().exists()):
+        return False
+    return _load() is not None
+
+
+def worthwhile(query: Tensor, value: Tensor, layout: BlockLayout) -> bool:
+    """Whether this call should run natively: on a CPU, float32 or less, large enough, and with blocks wide enough."""
+    if query.device.type != "cpu" or query.dtype == torch.float64 or min(layout.block_q, layout.block_k) < 8:
+        return False
+    plan = plan_of(layout)
+    blocks = len(plan.columns) * (query.shape[0] * query.shape[1] / (plan.batch * plan.heads))
+    work = blocks * layout.block_q * layout.block_k * 2 * (query.shape[-1] + value.shape[-1])
+    return work >= _USE and available(build=work >= _BUILD)
+
+
+def require() -> ctypes.CDLL:
+    """The library, or an error that says why there is none."""
+    if not available(build=True) or _library is None:
+        raise BackendError(f"Native kernels cannot run here: {status().detail}. Use backend='auto' or 'gather'.")
+    return _library
+
+
+def _load() -> ctypes.CDLL | None:
+    global _library, _failure
+    with _lock:
+        if _library is None and _failure is None:
+            try:
+                if not _path().exists():
+                    _build(_path())
+                _library = _declared(ctypes.CDLL(str(_path())))
+            except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+                _failure = f"{error}".strip()[-600:] or type(error).__name__
+    return _library
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    library.regard_panel.restype = integer
+    library.regard_pack.argtypes = [pointer, *[integer] * 6, pointer]
+    library.regard_pack.restype = None
+    library.regard_block_forward.argtypes = [pointer] * 6
+    library.regard_block_forward.restype = None
+    library.regard_block_backward.argtypes = [pointer, integer, *[pointer] * 11]
+    library.regard_block_backward.restype = None
+    return library
+
+
+def _compiler() -> str | None:
+    if sys.platform == "win32":
+        return None
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@cache
+def _path() -> Path:
+    home = os.environ.get("REGARD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard"
+    key = hashlib.sha256(_SOURCE.read_bytes())
+    key.update(" ".join((*_FLAGS, *_TUNED, sys.platform, platform.machine(), _processor())).encode())
+    return Path(home) / "native" / key.hexdigest()[:16] / "libregard.so"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _build(path: Path) -> None:
+    compiler = _compiler()
+    if compiler is None:
+        raise RuntimeError("no C++ compiler found (CXX, c++, g++, clang++); the PyTorch forms run")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Built beside its place and moved there whole, so that processes that build at the same time do no harm.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        for extra in (_TUNED, ()):
+            command = [compiler, *_FLAGS, *extra, str(_SOURCE), "-o", str(built)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if done.returncode == 0:
+                os.replace(built, path)
+                return
+    raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[-400:]}")
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of float32 tensors on a CPU; shapes as in :func:`regard.kernels.block_sparse_attention`."""
+    library, plan = require(), plan_of(layout)
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    lse = query.new_empty(query.shape[:3])
+    keys, values = _packed(library, key, layout.block_k, True), _packed(library, value, layout.block_k, False)
+    for problem, _held in _problems(query, key, value, layout, plan, scale):
+        library.regard_block_forward(ctypes.byref(problem), *map(Tensor.data_ptr, (query, keys, values, out, lse)))
+    return out, lse
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    layout: BlockLayout,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`forward` by query, key and value."""
+    library, plan, block = require(), plan_of(layout), layout.block_k
+    query, key, value, out, lse = (t.contiguous() for t in (query, key, value, out, lse))
+    grad_out, grad_lse = grad_out.contiguous(), None if grad_lse is None else grad_lse.contiguous()
+    keys_across, values_across = _packed(library, key, block, True), _packed(library, value, block, True)
+    keys, panel = _packed(library, key, block, False), library.regard_panel()
+    lanes, threads = key.shape[0] * key.shape[1], torch.get_num_threads()
+    # With fewer key/value heads than threads, each head is shared, and every share has sums of its own.
+    shares = -(-threads // lanes) if lanes < threads else 1
+    sums = [
+        key.new_zeros(shares, lanes, -(-t.shape[2] // block) * block, -(-t.shape[3] // panel) * panel)
+        for t in (key, value)
+    ]
+    grad_query = torch.empty_like(query)
+    for problem, _held in _problems(query, key, value, layout, plan, scale):
+        library.regard_block_backward(
+            ctypes.byref(problem),
+            shares,
+            *map(Tensor.data_ptr, (query, keys_across, values_across, keys, out, lse, grad_out)),
+            None if grad_lse is None else grad_lse.data_ptr(),
+            *map(Tensor.data_ptr, (grad_query, *sums)),
+        )
+    grad_key, grad_value = (
+        (total[0] if shares == 1 else total.sum(0))[:, : like.shape[2], : like.shape[3]].reshape(like.shape)
+        for total, like in zip(sums, (key, value), strict=True)
+    )
+    return grad_query, grad_key.mul_(scale), grad_value
+
+
+def _packed(library: ctypes.CDLL, tensor: Tensor, block: int, transposed: bool) -> Tensor:
+    batch, heads, length, width = tensor.shape
+    panel = library.regard_panel()
+    size = -(-block // panel) * panel * width if transposed else -(-width // panel) * panel * block
+    packed = tensor.new_empty(batch * heads * -(-length // block) * size)
+    library.regard_pack(
+        tensor.data_ptr(),
+        batch * heads,
+        length,
+        width,
+        block,
+        int(transposed),
+        torch.get_num_threads(),
+        packed.data_ptr(),
+    )
+    return packed
+
+
+def _problems(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, plan: Plan, scale: float
+) -> Iterator[tuple[_Problem, object]]:
+    """The call in stretches of query blocks, so that the masks of each fit the bound, with the tensors they point to."""
+    (batch, heads, q_len, dim), (_, kv_heads, k_len, value_dim) = query.shape, value.shape
+    q_blocks = layout.visit.shape[2]
+    masks = plan.places.shape[1] * layout.block_q * layout.block_k
+    step = q_blocks if masks <= _MASKS else max(q_blocks * _MASKS // masks, 1)
+    sizes = (batch, heads, kv_heads, q_len, k_len, dim, value_dim, layout.block_q, layout.block_k)
+    for first in range(0, q_blocks, step):
+        yield _problem(sizes, layout, plan, scale, (first, min(first + step, q_blocks)))
+
+
+def _problem(
+    sizes: tuple[int, ...], layout: BlockLayout, plan: Plan, scale: float, blocks: tuple[int, int]
+) -> tuple[_Problem, object]:
+    tiles, chosen = plan.tiles, None
+    if blocks != (0, layout.visit.shape[2]):
+        inside = (plan.places[2] >= blocks[0]) & (plan.places[2] < blocks[1])
+        chosen = inside.nonzero()[:, 0]
+        number = torch.cat((inside.cumsum(0, dtype=torch.int32) - 1, torch.tensor([-1], dtype=torch.int32)))
+        tiles = number[plan.tiles]
+    visible = plan.visible(layout, chosen).contiguous()
+    held = (plan.starts, plan.columns, tiles, visible)
+    problem = _Problem(
+        *sizes, plan.batch, plan.heads, *blocks, torch.get_num_threads(), *map(Tensor.data_ptr, held), scale
+    )
+    return problem, held

@@ -1,0 +1,239 @@
+"""One switch per attention layer: who answers its call, and who watches.
+
+Retrofits and captures lie on a switch in any order and may be taken off in any order: the newest retrofit answers, without
+one the model's own attention does, and every capture sees the call. A layer's ways in (the AttentionInterface, an
+instance's ``forward``) are opened when the first of them comes and closed again when the last goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.errors import RetrofitError, ShapeError, UnsupportedMaskError, UnsupportedPatternError
+from regard.kernels import accumulation_dtype, expand_groups, masked_softmax, score_scale
+from regard.mechanism import Mechanism
+from regard.retrofit.reading import Reading
+from regard.retrofit.sites import Site
+
+__all__ = ["Call", "DropoutPolicy", "Observer", "Patches", "Replacement", "Switch", "respond", "switches"]
+
+DropoutPolicy = Literal["auto", "weights", "off"]
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of an attention layer: ``query`` ``(batch, num_heads, q_len, head_dim)``, ``key`` and ``value`` ``(batch,
+    kv_heads, k_len, ...)``, ``read`` to understand the mask, ``scale`` of the logits (None: ``1 / sqrt(head_dim)``),
+    ``dropout`` of the weights (0 outside training)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    read: Callable[[], Reading]
+    scale: float | None = None
+    dropout: float = 0.0
+    grid: tuple[int, ...] | None = None
+
+    @cached_property
+    def reading(self) -> Reading:
+        return self.read()
+
+    def softmax_weights(self) -> Tensor:
+        """Softmax attention's weights ``(batch, num_heads, q_len, k_len)`` for this call, whatever computed its output."""
+        reading, work = self.reading, accumulation_dtype(self.query.dtype)
+        key = expand_groups(self.key[:, :, : reading.keys], self.query.shape[1]).to(work)
+        scores = self.query.to(work) * score_scale(self.query, self.scale) @ key.transpose(-1, -2)
+        if reading.bias is not None:
+            scores = scores + reading.bias.to(work)
+        rule = reading.visible
+        visible = None if rule is None else rule.to(scores.device).dense(*scores.shape[-2:], scores.device)
+        return self.padded(masked_softmax(scores, visible).to(self.query.dtype))
+
+    def padded(self, weights: Tensor) -> Tensor:
+        """Weights of the keys that there are, with zeros for those that there are not yet."""
+        return F.pad(weights, (0, self.key.shape[2] - weights.shape[-1]))
+
+
+class Observer(Protocol):
+    """Somebody who watches a layer."""
+
+    def observe(self, site: Site, call: Call, output: Tensor, weights: Callable[[], Tensor | None]) -> None:
+        """``output`` ``(batch, q_len, num_heads, value_dim)`` is the very tensor that the model goes on with."""
+
+
+@dataclass(eq=False)
+class Replacement:
+    """A mechanism in a layer's place."""
+
+    owner: object
+    mechanism: Mechanism
+    dropout: DropoutPolicy = "auto"
+
+
+@dataclass(eq=False)
+class Switch:
+    """Who answers one layer's calls, and who watches."""
+
+    site: Site
+    replacements: list[Replacement] = field(default_factory=list)
+    observers: list[Observer] = field(default_factory=list)
+    users: int = 0
+
+    @property
+    def replacement(self) -> Replacement | None:
+        return self.replacements[-1] if self.replacements else None
+
+    def run(
+        self, call: Call, own: Callable[[], tuple[Tensor, Tensor | None]], want_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Answer a call. ``own``: the model's own attention. Returns ``(batch, q_len, num_heads, value_dim)`` and, where
+        wanted or given by the model's own, the weights ``(batch, num_heads, q_len, k_len)``."""
+        chosen = self.replacement
+        if chosen is None:
+            output, weights = own()
+        else:
+            output, weights = respond(self.site, chosen, call, want_weights)
+
+        def implied() -> Tensor | None:
+            if weights is not None:
+                return weights
+            if chosen is None:
+                return call.softmax_weights()
+            return _implied(self.site, chosen.mechanism, call) if chosen.mechanism.value_linear else None
+
+        for observer in self.observers:
+            observer.observe(self.site, call, output, implied)
+        return output, weights
+
+
+switches: dict[int, Switch] = {}
+"""By identity of the module, which its switch keeps alive."""
+
+
+def respond(site: Site, chosen: Replacement, call: Call, want_weights: bool) -> tuple[Tensor, Tensor | None]:
+    """A mechanism's answer to a call, in the layout of :meth:`Switch.run`."""
+    mechanism = chosen.mechanism
+    if mechanism.training != site.module.training:
+        mechanism.train(site.module.training)
+    dropout = call.dropout if chosen.dropout != "off" else 0.0
+    if dropout and not _can_drop(mechanism, chosen.dropout):
+        name = mechanism.key or type(mechanism).__name__
+        raise RetrofitError(
+            f"{site.path}: the model is in training with attention dropout {call.dropout}, which acts on attention "
+            f"weights, and {name} forms none. Pass attention_dropout='off' to retrofit (or set the model's dropout to "
+            "0)"
+            + ("." if not mechanism.value_linear else ", or attention_dropout='weights' to form them all the same.")
+        )
+    if dropout:
+        weights = _run(site, mechanism, call, mechanism.weights)
+        weights = F.dropout(weights, dropout)
+        value = expand_groups(call.value[:, :, : weights.shape[-1]], weights.shape[1])
+        output = weights @ value
+        return output.transpose(1, 2).contiguous(), call.padded(weights) if want_weights else None
+    output = _run(site, mechanism, call, mechanism, call.value)
+    weights_wanted = _implied(site, mechanism, call) if want_weights else None
+    return output.transpose(1, 2).contiguous(), weights_wanted
+
+
+def _can_drop(mechanism: Mechanism, policy: DropoutPolicy) -> bool:
+    return mechanism.value_linear and (policy == "weights" or mechanism.growth.replace(" ", "") == "N^2")
+
+
+def _run(site: Site, mechanism: Mechanism, call: Call, function: Callable[..., Tensor], *value: Tensor) -> Tensor:
+    """Call ``function(query, key[, value])`` of a mechanism; an error of it names the layer and says what to try."""
+    reading, keys = call.reading, call.reading.keys
+    grid = call.grid
+    if grid is None and mechanism.needs_grid:
+        grid = (call.query.shape[2],)
+    mask = reading.argument(call.query.shape[2], call.query.dtype)
+    key, value = call.key[:, :, :keys], tuple(v[:, :, :keys] for v in value)
+    try:
+        return function(
+            call.query,
+            key,
+            *value,
+            causal=reading.causal,
+            mask=mask,
+            grid=grid,
+            scale=_own_scale(call.query, call.scale),
+        )
+    except (UnsupportedMaskError, UnsupportedPatternError, ShapeError) as error:
+        raise type(error)(f"Layer {site.path}: {error}{_advice(error, call)}") from error
+
+
+def _own_scale(query: Tensor, scale: float | None) -> float | None:
+    """None for the usual scale, so that a mechanism whose own scale is another keeps it."""
+    usual = scale is not None and math.isclose(scale, query.shape[-1] ** -0.5, rel_tol=1e-6)
+    return None if usual else scale
+
+
+def _advice(error: Exception, call: Call) -> str:
+    reading, q_len = call.reading, call.query.shape[2]
+    if isinstance(error, UnsupportedPatternError):
+        if reading.causal and q_len < reading.keys:
+            return (
+                " A key-value cache asks for that: some new queries against all past keys. Run the model with "
+                "use_cache=False (generate(..., use_cache=False))."
+            )
+        return " Choose other layers with layers=..., or another mechanism." if "does not define" in str(error) else ""
+    if isinstance(error, UnsupportedMaskError):
+        if reading.bias is not None:
+            return (
+                " This model adds a bias to the logits (T5's relative positions, ALiBi or a float mask of its own). "
+                "Leave these layers to the model with layers=..., or choose a mechanism with takes_bias=True."
+            )
+        return (
+            " The mask comes from the model: padding, packed documents, a sliding window or one passed by hand. Run "
+            "sequences of one length without padding, one document each; leave these layers out with layers=...; or "
+            "choose a mechanism with mask_support='any'."
+        )
+    return ""
+
+
+@contextmanager
+def _evaluating(mechanism: nn.Module) -> Iterator[None]:
+    """Evaluation mode, so that looking changes no running statistics; flags come back one by one."""
+    flags = {module: module.training for module in mechanism.modules()}
+    try:
+        mechanism.eval()
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _implied(site: Site, mechanism: Mechanism, call: Call) -> Tensor:
+    with _evaluating(mechanism):
+        return call.padded(_run(site, mechanism, call, mechanism.weights))
+
+
+class Patches:
+    """Changes that are made when the first user comes and undone when the last one goes.
+
+    ``apply`` makes the change and returns what undoes it. The target is kept alive meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, str], list[Any]] = {}
+
+    def acquire(self, target: object, kind: str, apply: Callable[[], Callable[[], None]]) -> None:
+        held = self._held.setdefault((id(target), kind), [target, 0, None])
+        if held[1] == 0:
+            held[2] = apply()
+        held[1] += 1
+
+    def release(self, target: object, kind: str) -> None:
+        held = self._held[id(target), kind]
+        held[1] -= 1
+        if held[1] == 0:
+            del self._held[id(target), kind]
+            held[2]()
