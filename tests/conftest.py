@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the tensors here are tiny: threads would only wait for one another
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> Iterator[None]:

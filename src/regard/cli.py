@@ -228,32 +228,38 @@ def compare_command(
 
 def comparison_table(result: Comparison) -> Table:
     """The comparison as a terminal table."""
+    from rich import box
+
     about = result.fingerprint
     table = Table(
         title=f"{about['model']} on {about['windows']} windows of {about['length']} tokens ({about['text']})",
-        caption="pairs, prefill, decode and memory: ratios to full attention, measured in turn in this run",
+        caption="pairs, prefill, decode, memory: ratios to full attention, measured in turn in this run",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("mechanism", no_wrap=True)
-    for column in ("group", "bits/byte", "change", "KL (nats)", "pairs", "prefill", "decode", "memory"):
-        table.add_column(column, justify="left" if column == "group" else "right")
+    for column in ("bits/byte", "change", "KL", "pairs", "prefill", "decode", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
 
     def cell(value: float | None, pattern: str) -> str:
         return "-" if value is None else pattern.format(value)
 
-    for row in result.rows:
-        if row.group == "not applicable":
-            continue
-        table.add_row(
-            row.mechanism,
-            row.group,
-            cell(row.bits_per_byte, "{:.3f}"),
-            cell(row.change, "{:+.3f}"),
-            cell(row.kl, "{:.4f}"),
-            cell(row.pairs, "{:.2f}"),
-            cell(row.prefill_ratio, "{:.2f}"),
-            cell(row.decode_ratio, "{:.2f}"),
-            cell(row.memory_ratio, "{:.2f}"),
-        )
+    for group in ("exact", "training-free", "trained", "untrained", "failed"):
+        rows = [row for row in result.rows if row.group == group]
+        if rows:
+            table.add_section()
+            table.add_row(f"[bold]{group}[/bold]")
+        for row in rows:
+            table.add_row(
+                f"  {row.mechanism}",
+                cell(row.bits_per_byte, "{:.3f}"),
+                cell(row.change, "{:+.3f}"),
+                cell(row.kl, "{:.4f}"),
+                cell(row.pairs, "{:.2f}"),
+                cell(row.prefill_ratio, "{:.2f}"),
+                cell(row.decode_ratio, "{:.2f}"),
+                cell(row.memory_ratio, "{:.2f}"),
+            )
     return table
 
 

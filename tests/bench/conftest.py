@@ -13,7 +13,7 @@ from regard.bench.subjects import Subject
 class ByteTokenizer:
     """One token a byte."""
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode("utf-8"))}
 
     def decode(self, ids: Any, **_: Any) -> str:

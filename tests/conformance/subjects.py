@@ -150,6 +150,7 @@ def worst(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape, (tuple(actual.shape), tuple(expected.shape))
     if actual.numel() == 0:
         return 0.0
+    actual, expected = actual.detach(), expected.detach()
     error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-6)
     return float(error.nan_to_num(nan=float("inf")))
 

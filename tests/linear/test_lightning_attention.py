@@ -18,7 +18,6 @@ from regard.linear.lightning_attention import (
     srms_norm,
 )
 from regard.masks import KeyPadding
-from regard.models.transnormer import SGLU, TransNormerLLM
 
 SLOPES = torch.tensor([0.5, 0.03, 0.0], dtype=torch.float64)
 
@@ -180,24 +179,3 @@ def test_layer_is_the_formula(official: bool) -> None:
 
 def test_only_the_first_layer_rotates() -> None:
     assert [TnlAttention(12, 3, index, 4).theta is not None for index in range(4)] == [True, False, False, False]
-
-
-def test_sglu_has_no_activation() -> None:
-    glu, x = SGLU(6).double(), torch.randn(3, 6, dtype=torch.float64)
-    torch.testing.assert_close(glu(2 * x), 4 * glu(x))
-
-
-def test_language_model_decodes_as_it_reads() -> None:
-    model = TransNormerLLM(19, 12, 3, 3).double()
-    tokens = torch.randint(19, (2, 30))
-    logits = model(tokens)
-    state, parts = model.init_state(2), []
-    for piece in tokens.split((11, 1, 1, 17), 1):
-        out, state = model.step(piece, state)
-        parts.append(out)
-    torch.testing.assert_close(torch.cat(parts, 1), logits)
-    changed = tokens.clone()
-    changed[:, 20:] = (changed[:, 20:] + 1) % 19
-    torch.testing.assert_close(model(changed)[:, :20], logits[:, :20])
-    with pytest.raises(ShapeError):
-        model(tokens.float())

@@ -19,7 +19,9 @@ def seen_by(reading: Reading, q_len: int, k_len: int) -> torch.Tensor:
     """What a reading shows, over all keys."""
     seen = torch.zeros(1, 1, q_len, k_len, dtype=torch.bool)
     rule = reading.visible
-    inside = torch.ones(1, 1, q_len, reading.keys, dtype=torch.bool) if rule is None else rule.dense(q_len, reading.keys)
+    inside = (
+        torch.ones(1, 1, q_len, reading.keys, dtype=torch.bool) if rule is None else rule.dense(q_len, reading.keys)
+    )
     seen = seen.expand(*inside.shape[:2], -1, -1).clone()
     seen[..., : reading.keys] = inside
     return seen
@@ -45,7 +47,9 @@ def test_a_reading_shows_what_the_mask_shows(
     valid = torch.rand(2, held, generator=generator) < 0.7
     rules = {
         "causal": Causal().dense(q_len, held),
-        "padding": (Causal() & KeyPadding(valid)).dense(q_len, held) if causal else KeyPadding(valid).dense(q_len, held),
+        "padding": (Causal() & KeyPadding(valid)).dense(q_len, held)
+        if causal
+        else KeyPadding(valid).dense(q_len, held),
         "window": (Causal() & SlidingWindow(2)).dense(q_len, held),
         "all": torch.ones(1, 1, q_len, held, dtype=torch.bool),
         "random": torch.rand(2, 3, q_len, held, generator=generator) < 0.5,

@@ -103,7 +103,9 @@ def test_another_mechanism() -> None:
 
 
 def encoder(batch_first: bool = True, **options: Any) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=options.pop("dropout", 0.0), batch_first=batch_first, **options)
+    layer = nn.TransformerEncoderLayer(
+        16, 4, 24, dropout=options.pop("dropout", 0.0), batch_first=batch_first, **options
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return nn.TransformerEncoder(layer, 2).eval()
@@ -137,13 +139,13 @@ def test_the_shortcut_of_torchs_encoder_does_not_go_around_it(grad: bool, padded
 def test_a_whole_transformer_with_cross_attention() -> None:
     model = nn.Transformer(16, 4, 2, 2, 24, dropout=0.0, batch_first=True).eval()
     source, target = torch.randn(2, 9, 16), torch.randn(2, 5, 16)
-    mask = nn.Transformer.generate_square_subsequent_mask(5)
-    before = model(source, target, tgt_mask=mask, tgt_is_causal=True)
+    causal: dict[str, Any] = {"tgt_mask": nn.Transformer.generate_square_subsequent_mask(5), "tgt_is_causal": True}
+    before = model(source, target, **causal)
     with regard.retrofit(model, "full") as handle:
-        torch.testing.assert_close(model(source, target, tgt_mask=mask, tgt_is_causal=True), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(source, target, **causal), before, atol=1e-5, rtol=1e-5)
         assert len(handle.modules) == 6
     with regard.retrofit(model, SquareOnly(), layers="re:self_attn"):
-        torch.testing.assert_close(model(source, target, tgt_mask=mask, tgt_is_causal=True), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(source, target, **causal), before, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_and_dropout_in_training() -> None:
@@ -181,7 +183,9 @@ def test_what_is_not_supported_is_told() -> None:
 def test_hosts_of_this_library() -> None:
     from regard.nn import MultiHeadAttention
 
-    model = nn.Sequential(MultiHeadAttention(16, 4, "full", num_kv_heads=2), MultiHeadAttention(16, 4, "full", rotary=True))
+    model = nn.Sequential(
+        MultiHeadAttention(16, 4, "full", num_kv_heads=2), MultiHeadAttention(16, 4, "full", rotary=True)
+    )
     x = torch.randn(2, 9, 16)
     before, names = model(x), list(model.state_dict())
     rule = Causal() & SlidingWindow(3)

@@ -1,4 +1,4 @@
-"""``regard.retrofit`` on transformers models: the same numbers with ``full``, the right mask for every other mechanism."""
+"""``regard.retrofit`` on transformers models: the same numbers with ``full``, the right mask for the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 import regard
 from regard.errors import OptionError, RetrofitError, UnsupportedMaskError, UnsupportedPatternError
 from regard.masks import Causal, KeyPadding, Sinks, SlidingWindow
-
 from tests.retrofit.probes import Gated, KeysOnly, Linear, SquareOnly, Unmasked, Watching
 from tests.retrofit.small_models import (
     FAMILIES,

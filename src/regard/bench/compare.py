@@ -48,7 +48,7 @@ class Plan:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     train: int = 0
     decode_tokens: int = 16
-    passage: int = 1024
+    passage: int = 512
 
     def settings(self, name: str) -> dict[str, Any]:
         """The options that ``name`` runs with."""
@@ -205,6 +205,12 @@ def _log_probabilities(model: PreTrainedModel, window: Tensor) -> Tensor:
     return model(input_ids=window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
 
 
+@torch.no_grad()
+def _peak(model: PreTrainedModel, window: Tensor) -> int:
+    """Peak bytes of a prefill without the output head, whose logits would hide everything else."""
+    return peak_bytes(lambda: model.base_model(input_ids=window[None], use_cache=False))
+
+
 def _timed_log_probabilities(model: PreTrainedModel, window: Tensor) -> tuple[float, Tensor]:
     kept: list[Tensor] = []
     spent = seconds(lambda: kept.append(_log_probabilities(model, window)))
@@ -262,9 +268,7 @@ def _measure(
             _quality(subject, twin, windows, row, reference, report)
             row.pairs = _pairs(twin, mechanisms, windows[0])
             row.maps = _maps(twin, mechanisms, windows[0, : plan.passage])
-            row.memory_ratio = peak_bytes(lambda: _log_probabilities(twin, windows[0])) / peak_bytes(
-                lambda: _log_probabilities(subject.model, windows[0])
-            )
+            row.memory_ratio = _peak(twin, windows[0]) / _peak(subject.model, windows[0])
             row.decode_ratio = _decode_ratio(subject.model, twin, windows[0], plan.decode_tokens)
     except RegardError as error:
         row.group, row.reason = "failed", str(error)

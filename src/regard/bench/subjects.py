@@ -116,7 +116,8 @@ def token_windows(subject: Subject, texts: Sequence[str], length: int, count: in
     for text in order:
         if len(whole) >= 4 * count:
             break
-        ids = torch.tensor(subject.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        tokens = subject.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = torch.tensor(tokens, dtype=torch.int64)
         pieces = ids.split(length)
         whole.extend(piece for piece in pieces if len(piece) == length)
         rest.extend(piece for piece in pieces if len(piece) < length)

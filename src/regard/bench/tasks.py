@@ -16,7 +16,15 @@ from torch import Tensor
 
 from regard.errors import MissingExtraError, OptionError
 
-__all__ = ["Digits", "MultiQueryRecall", "StdlibText", "Task", "stdlib_text"]
+__all__ = [
+    "ClutteredDigits",
+    "Digits",
+    "DistractorRetrieval",
+    "MultiQueryRecall",
+    "StdlibText",
+    "Task",
+    "stdlib_text",
+]
 
 IGNORED = -100
 
@@ -143,3 +151,136 @@ class Digits(_Classification):
         """The whole split at once."""
         x, y = self._data[split]
         return x[..., None], y
+
+
+# Digits as one stroke each, corner by corner on a grid of 4 x 6, x to the right and y down.
+_STROKES: tuple[tuple[tuple[float, float], ...], ...] = (
+    ((1, 0), (3, 0), (4, 1.5), (4, 4.5), (3, 6), (1, 6), (0, 4.5), (0, 1.5), (1, 0)),
+    ((0.8, 1.5), (2, 0.5), (2.4, 0), (2.4, 2), (2.4, 4), (2.4, 6)),
+    ((0, 1.5), (1, 0), (3, 0), (4, 1.3), (3.5, 2.8), (1.5, 4.4), (0, 6), (2, 6), (4, 6)),
+    ((0, 0.8), (1.2, 0), (3, 0), (3.8, 1.3), (3, 2.7), (1.5, 3), (3, 3.2), (4, 4.5), (3, 6), (1.2, 6), (0, 5.2)),
+    ((3, 6), (3, 3), (3, 0), (1.5, 2), (0, 4), (2, 4), (4, 4)),
+    ((3.8, 0), (0.5, 0), (0.3, 2.6), (2.2, 2.2), (3.8, 3.2), (3.8, 4.8), (2.6, 6), (1, 6), (0, 5.3)),
+    ((3.4, 0), (1.5, 0.8), (0.3, 2.6), (0, 4.5), (1, 6), (3, 6), (4, 4.6), (3, 3.1), (1.2, 3.2), (0.1, 4.2)),
+    ((0, 0), (2, 0), (4, 0), (3, 2), (2, 4), (1.4, 6)),
+    ((2, 2.8), (0.4, 1.5), (1, 0), (3, 0), (3.6, 1.5), (2, 2.8), (0, 4.5), (1, 6), (3, 6), (4, 4.5), (2, 2.8)),
+    ((3.9, 1.8), (3, 3), (1, 3), (0, 1.6), (1, 0), (3, 0), (4, 1.5), (3.8, 4), (2.6, 6)),
+)
+
+
+class ClutteredDigits(_Classification):
+    """A digit drawn somewhere on a canvas among pieces of other digits, in the manner of cluttered MNIST (Mnih et al.,
+    "Recurrent Models of Visual Attention", 2014, arXiv 1406.6247, section 4.1). The digits are strokes of this module's
+    own, turned, stretched, slanted and bent at random, so no data set is needed.
+
+    Inputs ``(batch, 1, size, size)`` between 0 and 1, targets ``(batch,)``. :meth:`draw` also says where the digit lies.
+    """
+
+    num_classes = 10
+
+    def __init__(self, size: int = 32, height: float = 13.0, pieces: int = 10, noise: float = 0.1) -> None:
+        if size < 1.6 * height or pieces < 0 or noise < 0:
+            raise OptionError(f"A digit of height {height} needs a canvas of {1.6 * height:.0f} or more; got {size}.")
+        self.size, self.height, self.pieces, self.noise = size, height, pieces, noise
+        longest = max(len(stroke) for stroke in _STROKES) - 1
+        self._lines = torch.zeros(10, longest, 2, 2)
+        self._counts = torch.tensor([len(stroke) - 1 for stroke in _STROKES])
+        for digit, stroke in enumerate(_STROKES):
+            points = torch.tensor(stroke) - torch.tensor([2.0, 3.0])
+            lines = torch.stack((points[:-1], points[1:]), 1)
+            # Shorter strokes repeat their last line, which draws nothing new.
+            self._lines[digit] = torch.cat((lines, lines[-1:].expand(longest - len(lines), -1, -1)))
+
+    def _pose(self, lines: Tensor, generator: torch.Generator) -> Tensor:
+        """Bend, stretch, slant and turn ``(count, lines, 2, 2)`` around its middle, in pixels."""
+
+        def draw(low: float, high: float, *shape: int) -> Tensor:
+            return low + (high - low) * torch.rand(len(lines), *shape, generator=generator)
+
+        # The two ends of neighbouring lines are one point: bending is a function of the place.
+        phase, strength = draw(0, 6.28, 1, 1, 2), draw(-0.35, 0.35, 1, 1, 2)
+        lines = lines + strength * torch.sin(lines.flip(-1) * 0.8 + phase)
+        angle, slant = draw(-0.3, 0.3), draw(-0.25, 0.25)
+        unit = self.height / 6
+        wide, high = draw(0.8, 1.2) * unit, draw(0.85, 1.15) * unit
+        cos, sin = angle.cos(), angle.sin()
+        turn = torch.stack(
+            (
+                torch.stack((cos * wide, (slant * cos - sin) * high), -1),
+                torch.stack((sin * wide, (slant * sin + cos) * high), -1),
+            ),
+            -2,
+        )
+        return lines @ turn.transpose(-1, -2)[:, None]
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, digits and the digits' boxes ``(count, 4)``: left, top, right, bottom in pixels."""
+        digits = torch.randint(10, (count,), generator=generator)
+        lines = self._pose(self._lines[digits], generator)
+        ends = lines.flatten(1, 2)
+        low, high = ends.amin(1), ends.amax(1)
+        room = self.size - 2 - (high - low)
+        shift = 1 - low + torch.rand(count, 2, generator=generator) * room.clamp_min(0)
+        lines = lines + shift[:, None, None]
+        boxes = torch.cat((low + shift, high + shift), -1)
+        every = [lines]
+        if self.pieces:
+            total = count * self.pieces
+            other = torch.randint(10, (total,), generator=generator)
+            first = (torch.rand(total, generator=generator) * (self._counts[other] - 1)).long()
+            pair = first[:, None] + torch.arange(2)
+            scrap = self._pose(self._lines[other].gather(1, pair[:, :, None, None].expand(-1, -1, 2, 2)), generator)
+            scrap = scrap - scrap.mean((1, 2), keepdim=True)
+            scrap = scrap + torch.rand(total, 1, 1, 2, generator=generator) * self.size
+            every.append(scrap.reshape(count, -1, 2, 2))
+        image = self._paint(torch.cat(every, 1))
+        image = image + self.noise * torch.randn(image.shape, generator=generator)
+        return image.clamp(0, 1)[:, None], digits, boxes
+
+    def _paint(self, lines: Tensor) -> Tensor:
+        """Lines ``(count, lines, 2, 2)`` as an image: one up to 0.6 pixels from a line, falling to zero at 1.6."""
+        axis = torch.arange(self.size) + 0.5
+        place = torch.stack((axis.expand(self.size, -1), axis[:, None].expand(-1, self.size)), -1).view(1, 1, -1, 2)
+        start, along = lines[:, :, :1], lines[:, :, 1:] - lines[:, :, :1]
+        offset = place - start
+        share = (offset * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp_min(1e-6)
+        distance = (offset - share.clamp(0, 1) * along).norm(dim=-1).amin(1)
+        return (1.6 - distance).clamp(0, 1).view(-1, self.size, self.size)
+
+    def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
+        return self.draw(size, generator)[:2]
+
+
+class DistractorRetrieval(_Classification):
+    """Find one key among distractors: of ``length - 1`` cells each holds a key vector and a class; the last cell holds
+    the key that is asked for, blurred by ``noise``, and the answer is the class of the cell with that key.
+
+    Inputs ``(batch, length, key_dim + num_classes)``, targets ``(batch,)``: for a model that reads out its last
+    position. :meth:`draw` also says which cell it was.
+    """
+
+    def __init__(self, length: int = 64, key_dim: int = 16, num_classes: int = 8, noise: float = 0.5) -> None:
+        if length < 2 or key_dim < 1 or num_classes < 2 or noise < 0:
+            raise OptionError(
+                f"Need length >= 2, key_dim >= 1, num_classes >= 2, noise >= 0; got {length}, {key_dim}, {num_classes}, "
+                f"{noise}."
+            )
+        self.length, self.key_dim, self.num_classes, self.noise = length, key_dim, num_classes, noise
+        self.input_dim = key_dim + num_classes
+
+    def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, classes and the relevant cell ``(size,)``."""
+        cells = self.length - 1
+        keys = torch.randn(size, cells, self.key_dim, generator=generator)
+        classes = torch.randint(self.num_classes, (size, cells), generator=generator)
+        relevant = torch.randint(cells, (size,), generator=generator)
+        rows = torch.arange(size)
+        asked = keys[rows, relevant] + self.noise * torch.randn(size, self.key_dim, generator=generator)
+        inputs = torch.zeros(size, self.length, self.input_dim)
+        inputs[:, :-1, : self.key_dim] = keys
+        inputs[:, :-1, self.key_dim :] = F.one_hot(classes, self.num_classes)
+        inputs[:, -1, : self.key_dim] = asked
+        return inputs, classes[rows, relevant], relevant
+
+    def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
+        return self.draw(size, generator)[:2]

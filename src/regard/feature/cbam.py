@@ -7,8 +7,8 @@ Woo et al., "CBAM: Convolutional Block Attention Module", 2018, arXiv 1807.06521
 
 The MLP (C -> C/r -> ReLU -> C) is shared by the pools; the convolution has no bias and is followed by batch norm, as
 in the released code. In a residual block it acts on the branch before the addition. With the average pool alone and no
-spatial gate it is Squeeze-and-Excitation (Hu et al., 2017, arXiv 1709.01507). Cost in multiplications: ``2 C^2 / r`` for
-each pool, and ``2 k^n`` per place for the convolution over n axes of space.
+spatial gate it is Squeeze-and-Excitation (Hu et al., 2017, arXiv 1709.01507). Cost in multiplications: ``2 C^2 / r``
+for each pool, and ``2 k^n`` per place for the convolution over n axes of space.
 """
 
 from __future__ import annotations

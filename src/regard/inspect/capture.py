@@ -61,8 +61,8 @@ class LayerTrace:
 
     def _no_gradient(self, name: str) -> OptionError:
         return OptionError(
-            f"There is no gradient of {name} at {self.path}. It takes capture(..., gradients=True, {name}=True), a forward "
-            "pass with gradients enabled inside the block, and backward() before asking."
+            f"There is no gradient of {name} at {self.path}. It takes capture(..., gradients=True, {name}=True), a "
+            "forward pass with gradients enabled inside the block, and backward() before asking."
         )
 
 
@@ -169,8 +169,8 @@ class _Recorder:
 class capture:
     """Watch a model's attention: ``with regard.capture(model) as trace: model(**inputs)``.
 
-    Works on what :func:`regard.retrofit` works on, retrofitted or not; the weights of a retrofitted layer are those that its
-    mechanism implies. The model computes what it would compute otherwise, and is untouched afterwards.
+    Works on what :func:`regard.retrofit` works on, retrofitted or not; the weights of a retrofitted layer are those
+    that its mechanism implies. The model computes what it would compute otherwise, and is untouched afterwards.
 
     weights, head_outputs, values, queries, keys, hidden_states: what to keep (see :class:`LayerTrace`); tensors are
     detached and nothing else is held. gradients: keep them in the graph, so that ``trace[path].gradient(name)`` answers

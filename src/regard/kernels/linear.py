@@ -10,10 +10,12 @@ With ``normalize`` the output is divided by ``q_t z_t``, where ``z_t`` is the sa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from regard.errors import OptionError, ShapeError
 from regard.kernels.backends import resolve
@@ -23,6 +25,8 @@ __all__ = ["LinearState", "linear_attention", "linear_step"]
 
 FORMS = ("parallel", "chunked", "recurrent")
 _SUB = 16
+# Elements of the queries of one segment: a few megabytes of everything together, within the last-level cache.
+_SEGMENT = 1 << 19
 
 
 @dataclass
@@ -61,31 +65,25 @@ def linear_attention(
     kv_heads, k_len, value_dim)``. Causal and decayed forms need ``q_len == k_len``; a decay implies ``causal``.
     ``state`` continues an earlier stretch of the same sequence. ``eps`` is added to the normaliser.
     """
-    heads, dtype, work = query.shape[1], query.dtype, accumulation_dtype(query.dtype)
-    q, k = query.to(work) * scale, expand_groups(key, heads).to(work)
-    v = expand_groups(value, heads).to(work)
-    if normalize:
-        v = F.pad(v, (0, 1), value=1.0)
     if log_decay is not None and not causal:
         raise OptionError("A decay needs causal=True: it weighs keys by how long ago they came.")
-    if causal and q.shape[2] != k.shape[2]:
+    if causal and query.shape[2] != key.shape[2]:
         raise ShapeError(
-            f"Causal linear attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}; "
+            f"Causal linear attention needs as many queries as keys, got {query.shape[2]} and {key.shape[2]}; "
             "to continue a sequence pass the state of its earlier part."
         )
+    if chunk_size < 1:
+        raise OptionError(f"chunk_size must be at least 1, got {chunk_size}.")
+    form = resolve("linear", backend, FORMS) if causal else "whole"
+    call = _Call(form, chunk_size, scale, normalize, eps)
     initial = None if state is None else state.sum
-    if not causal:
-        total = k.transpose(-1, -2) @ v
-        total = total if initial is None else total + initial
-        out = q @ total
+    length, step = query.shape[2], _segment_length(query, value, chunk_size)
+    if form in ("auto", "chunked") and length > step:
+        _check_decay(log_decay, query)
+        out, total = _Segments.apply(query, key, value, log_decay, initial, call, step)  # type: ignore[no-untyped-call]
     else:
-        decay = _expand_decay(log_decay, q)
-        form = resolve("linear", backend, FORMS)
-        run = {"parallel": _parallel, "recurrent": _recurrent}.get(form)
-        out, total = _chunked(q, k, v, decay, initial, chunk_size) if run is None else run(q, k, v, decay, initial)
-    if normalize:
-        out = out[..., :-1] / (out[..., -1:] + eps)
-    return out.to(dtype), LinearState(total)
+        out, total = call(query, key, value, log_decay, initial)
+    return out, LinearState(total)
 
 
 def linear_step(
@@ -114,22 +112,131 @@ def linear_step(
     )
 
 
+@dataclass(frozen=True)
+class _Call:
+    """Options of one call; calling it runs one stretch of a sequence."""
+
+    form: str
+    chunk_size: int
+    scale: float
+    normalize: bool
+    eps: float
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, initial: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        heads, work = query.shape[1], accumulation_dtype(query.dtype)
+        q, k = query.to(work) * self.scale, expand_groups(key, heads).to(work)
+        v = expand_groups(value, heads).to(work)
+        if self.normalize:
+            v = F.pad(v, (0, 1), value=1.0)
+        if self.form == "whole":
+            total = k.transpose(-1, -2) @ v
+            total = total if initial is None else total + initial
+            out = q @ total
+        else:
+            decay = _expand_decay(log_decay, q)
+            if self.form == "parallel":
+                out, total = _parallel(q, k, v, decay, initial)
+            elif self.form == "recurrent":
+                out, total = _recurrent(q, k, v, decay, initial)
+            else:
+                out, total = _chunked(q, k, v, decay, initial, self.chunk_size)
+        if self.normalize:
+            out = out[..., :-1] / (out[..., -1:] + self.eps)
+        return out.to(query.dtype), total
+
+
+def _segment_length(query: Tensor, value: Tensor, chunk_size: int) -> int:
+    """Tokens that are processed at once: whole chunks, on a CPU few enough to stay in its cache."""
+    limit = _SEGMENT if query.device.type == "cpu" else 16 * _SEGMENT
+    per_token = max(query.shape[0] * query.shape[1] * max(query.shape[3], value.shape[3]), 1)
+    return max(limit // per_token // chunk_size, 1) * chunk_size
+
+
+class _Segments(torch.autograd.Function):
+    """Segment after segment with the state carried on; only the states between segments are kept, and the backward pass
+    runs each segment again, so that memory beyond inputs and outputs does not grow with what happens inside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_decay: Tensor | None,
+        initial: Tensor | None,
+        call: _Call,
+        step: int,
+    ) -> tuple[Tensor, Tensor]:
+        out = query.new_empty(*query.shape[:3], value.shape[-1])
+        states: list[Tensor | None] = []
+        total = initial
+        for rows in _slices(query.shape[2], step):
+            states.append(total)
+            decay = _rows_of_decay(log_decay, rows)
+            out[:, :, rows], total = call(query[:, :, rows], key[:, :, rows], value[:, :, rows], decay, total)
+        ctx.save_for_backward(query, key, value, log_decay, *states)
+        ctx.call, ctx.step = call, step
+        assert total is not None
+        return out, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, log_decay, *states = ctx.saved_tensors
+        sources = (query, key, value, log_decay)
+        grads = [torch.zeros_like(t) if t is not None and n else None for t, n in zip(sources, ctx.needs_input_grad)]
+        for rows, state in zip(reversed(_slices(query.shape[2], ctx.step)), reversed(states), strict=True):
+            with torch.enable_grad():
+                parts = [
+                    None if part is None else part.detach().requires_grad_(grad is not None)
+                    for part, grad in zip((*(t[:, :, rows] for t in sources[:3]), _rows_of_decay(log_decay, rows)), grads)
+                ]
+                start = None if state is None else state.detach().requires_grad_(True)
+                out, total = ctx.call(*parts, start)
+            wanted = [part for part in (*parts, start) if part is not None and part.requires_grad]
+            found = iter(
+                torch.autograd.grad((out, total), wanted, (grad_out[:, :, rows], grad_total), allow_unused=True)
+            )
+            for part, grad in zip(parts, grads, strict=True):
+                if grad is None or part is None or (here := next(found)) is None:
+                    continue
+                place = grad if grad.dim() == 1 else grad[:, :, rows]
+                place += here
+            if start is not None:
+                grad_total = next(found)
+        grad_initial = grad_total if states[0] is not None and ctx.needs_input_grad[4] else None
+        return *grads, grad_initial, None, None
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _rows_of_decay(log_decay: Tensor | None, rows: slice) -> Tensor | None:
+    return log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, :, rows]
+
+
+def _check_decay(log_decay: Tensor | None, query: Tensor) -> None:
+    batch, heads, length, features = query.shape
+    known = ((heads,), (batch, heads, length), (batch, heads, length, features))
+    if log_decay is not None and tuple(log_decay.shape) not in known:
+        raise ShapeError(
+            f"log_decay of shape {tuple(log_decay.shape)} is none of (heads,) = ({heads},), (batch, heads, length) = "
+            f"({batch}, {heads}, {length}) and (batch, heads, length, feature_dim) = {tuple(query.shape)}."
+        )
+
+
 def _expand_decay(log_decay: Tensor | None, query: Tensor) -> Tensor | None:
     """To ``(batch | 1, heads, length, 1 | feature_dim)`` in the working dtype."""
     if log_decay is None:
         return None
-    batch, heads, length, features = query.shape
+    _check_decay(log_decay, query)
     decay = log_decay.to(query.dtype)
-    if decay.shape == (heads,):
-        return decay.view(1, heads, 1, 1).expand(1, heads, length, 1)
-    if decay.shape == (batch, heads, length):
-        return decay[..., None]
-    if decay.shape == (batch, heads, length, features):
-        return decay
-    raise ShapeError(
-        f"log_decay of shape {tuple(log_decay.shape)} is none of (heads,) = ({heads},), (batch, heads, length) = "
-        f"({batch}, {heads}, {length}) and (batch, heads, length, feature_dim) = {tuple(query.shape)}."
-    )
+    if decay.dim() == 1:
+        return decay.view(1, -1, 1, 1).expand(1, -1, query.shape[2], 1)
+    return decay[..., None] if decay.dim() == 3 else decay
 
 
 def _parallel(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,15 +270,27 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: T
 def _chunked(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: Tensor | None, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
+    """Whole chunks first, then the short one that may be left."""
+    length = q.shape[2]
+    if not length:
+        return _recurrent(q, k, v, decay, initial)
+    whole = length - length % chunk_size
+    if whole == length:
+        return _chunks(q, k, v, decay, initial, chunk_size)
+    total, outs = initial, []
+    for rows in (slice(0, whole), slice(whole, length)):
+        if rows.stop > rows.start:
+            size, here = min(chunk_size, rows.stop - rows.start), None if decay is None else decay[:, :, rows]
+            out, total = _chunks(q[:, :, rows], k[:, :, rows], v[:, :, rows], here, total, size)
+            outs.append(out)
+    assert total is not None
+    return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)), total
+
+
+def _chunks(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: Tensor | None, size: int
+) -> tuple[Tensor, Tensor]:
     """All chunks at once for what happens inside them, then one pass over chunk states."""
-    batch, heads, length, features = q.shape
-    if chunk_size < 1:
-        raise OptionError(f"chunk_size must be at least 1, got {chunk_size}.")
-    size = min(chunk_size, max(length, 1))
-    short = -length % size
-    if short:
-        q, k, v = (F.pad(t, (0, 0, 0, short)) for t in (q, k, v))
-        decay = None if decay is None else F.pad(decay, (0, 0, 0, short))
     q, k, v = (t.unflatten(2, (-1, size)) for t in (q, k, v))
     chunks = q.shape[2]
     past = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
@@ -179,7 +298,9 @@ def _chunked(
         inside = (q @ k.transpose(-1, -2)).masked_fill(~past, 0) @ v
         reach, leave, whole = q, k, None
     else:
-        run = decay.unflatten(2, (-1, size)).cumsum(3)
+        # A decay that does not change with time is the same in every chunk.
+        constant = decay.shape[-1] == 1 and decay.stride(2) == 0
+        run = (decay[:, :, :size] if constant else decay).unflatten(2, (-1, size)).cumsum(3)
         if run.shape[-1] == 1:
             gap = (run - run.transpose(-1, -2)).masked_fill(~past, float("-inf")).exp()
             inside = (q @ k.transpose(-1, -2) * gap) @ v
@@ -188,13 +309,14 @@ def _chunked(
         # Powers are taken relative to a chunk's end or start, so no exponent is ever positive.
         reach, leave, whole = q * run.exp(), k * (run[:, :, :, -1:] - run).exp(), run[:, :, :, -1, :, None].exp()
     added = leave.transpose(-1, -2) @ v
-    total = q.new_zeros(batch, heads, features, v.shape[-1]) if initial is None else initial
+    total = torch.zeros_like(added[:, :, 0]) if initial is None else initial
     before = []
     for index in range(chunks):
         before.append(total)
-        total = added[:, :, index] + (total if whole is None else total * whole[:, :, index])
-    out = inside + reach @ torch.stack(before, 2) if before else inside
-    return out.flatten(2, 3)[:, :, :length], total
+        fade = None if whole is None else whole[:, :, min(index, whole.shape[2] - 1)]
+        total = added[:, :, index] + (total if fade is None else total * fade)
+    out = inside + reach @ torch.stack(before, 2)
+    return out.flatten(2, 3), total
 
 
 def _channel_scores(q: Tensor, k: Tensor, run: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Softmax attention over the blocks of a layout, key block by key block.
 
-``merged``: for each key block the queries that visit it are gathered, attend to it, and the parts of a query are merged by
-their log-sum-exp; recomputed in a hand-written backward pass. It is the form for layouts whose rows are single queries
-(each with its own blocks), where gathering keys per row would copy far more than it computes. ``reference``: the dense form
-under the layout's mask. :func:`regard.kernels.block_sparse_attention` runs the same layouts row by row.
+``merged``: for each key block the queries that visit it are gathered, attend to it, and the parts of a query are
+merged by their log-sum-exp; recomputed in a hand-written backward pass. It is the form for layouts whose rows are
+single queries (each with its own blocks), where gathering keys per row would copy far more than it computes.
+``reference``: the dense form under the layout's mask. :func:`regard.kernels.block_sparse_attention` runs the same
+layouts row by row.
 """
 
 from __future__ import annotations
@@ -45,20 +46,20 @@ def query_gather_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale q k^T) v`` over the pairs of ``layout``, which usually has ``block_q = 1``.
 
-    query ``(batch, num_heads, q_len, head_dim)``; key and value ``(batch, kv_heads, k_len, ...)``, ``kv_heads`` dividing
-    ``num_heads``. Returns ``(batch, num_heads, q_len, value_dim)`` and, with ``return_lse``, the log-sum-exp of each row
-    ``(batch, num_heads, q_len)``. Rows with nothing to see give zeros (and ``-inf``).
+    query ``(batch, num_heads, q_len, head_dim)``; key and value ``(batch, kv_heads, k_len, ...)``, ``kv_heads``
+    dividing ``num_heads``. Returns ``(batch, num_heads, q_len, value_dim)`` and, with ``return_lse``, the log-sum-exp
+    of each row ``(batch, num_heads, q_len)``. Rows with nothing to see give zeros (and ``-inf``).
     """
     if layout.q_len != query.shape[2] or layout.k_len != key.shape[2]:
         raise ShapeError(
-            f"The layout is for {layout.q_len} queries and {layout.k_len} keys; got {query.shape[2]} and {key.shape[2]}."
+            f"The layout is for {layout.q_len} queries and {layout.k_len} keys; got {query.shape[2]}, {key.shape[2]}."
         )
     if resolve("query_gather", backend, FORMS) == "reference":
         mask = Boolean(layout.dense())
         if return_lse:
             return dense_attention(query, key, value, mask=mask, scale=scale, return_lse=True, backend="reference")
         return dense_attention(query, key, value, mask=mask, scale=scale, backend="reference")
-    out, lse = _Merged.apply(query, key, value, layout, score_scale(query, scale))  # type: ignore[no-untyped-call]
+    out, lse = _Merged.apply(query, key, value, layout, score_scale(query, scale))
     return (out, lse) if return_lse else out
 
 

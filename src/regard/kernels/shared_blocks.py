@@ -3,8 +3,9 @@
 What depends on positions alone (windows, neighbourhoods, stripes) needs its index work once: which key blocks each
 query block visits and which pairs inside them are hidden is kept with the layout. ``fused``: for a few query blocks at
 a time their key blocks are gathered and go through torch's fused CPU attention, forward and backward, so scores never
-leave the cache. Where that does not apply (another device, a layout per head, values of another width, the gradient of
-the log-sum-exp) the general executor, :func:`regard.kernels.block_sparse_attention`, runs the same layout.
+leave the cache; it needs no compiler. The general executor, :func:`regard.kernels.block_sparse_attention`, runs the
+same layout where its native form is at hand, and where the fused one does not apply: another device, a layout per head,
+values of another width, the gradient of the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.errors import BackendError
+from regard.kernels import native
 from regard.kernels.backends import resolve
 from regard.kernels.block_sparse import block_sparse_attention
 from regard.kernels.shapes import accumulation_dtype, expand_groups, fold_groups, score_scale
@@ -25,7 +27,7 @@ from regard.layout import BlockLayout
 
 __all__ = ["shared_block_attention"]
 
-FORMS = ("reference", "gather", "flex", "fused")
+FORMS = ("reference", "gather", "native", "flex", "fused")
 
 # Gathered keys of one group stay below this many elements.
 _GROUP = 1 << 20
@@ -73,6 +75,8 @@ def shared_block_attention(
             "The fused form needs CPU tensors, a layout shared by all sequences and heads, values as wide as the keys, "
             "and no gradient of the log-sum-exp; use backend='auto'."
         )
+    if form == "auto" and fits:
+        fits = not native.worthwhile(query, value, layout)
     if form not in ("auto", "fused") or not fits:
         return block_sparse_attention(query, key, value, layout, scale=scale, return_lse=return_lse, backend=backend)
     out, lse = _Fused.apply(query, key, value, layout, score_scale(query, scale))

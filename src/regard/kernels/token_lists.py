@@ -47,12 +47,13 @@ def token_list_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale q k^T + key_bias) v`` over the listed keys that ``mask`` admits.
 
-    query ``(batch, num_heads, q_len, head_dim)``; key and value ``(batch, kv_heads, k_len, ...)``. indices ``(batch | 1,
-    heads | 1, query blocks, slots)`` int64, -1 for an empty slot, no key twice in a list; ``heads`` is ``kv_heads`` (query
-    heads of a group share their list) or ``num_heads``. mask: a rule whose heads are those of ``indices`` (or 1), or None.
-    settled: this many first slots of every list are visible to all queries of their block, so that the mask is not
-    evaluated there. key_bias ``(batch, kv_heads, k_len)`` is added to the logits of each key. Returns the output
-    ``(batch, num_heads, q_len, value_dim)`` and, with ``return_lse``, the log-sum-exp ``(batch, num_heads, q_len)``.
+    query ``(batch, num_heads, q_len, head_dim)``; key and value ``(batch, kv_heads, k_len, ...)``. indices ``(batch |
+    1, heads | 1, query blocks, slots)`` int64, -1 for an empty slot, no key twice in a list; ``heads`` is
+    ``kv_heads`` (query heads of a group share their list) or ``num_heads``. mask: a rule whose heads are those of
+    ``indices`` (or 1), or None. settled: this many first slots of every list are visible to all queries of their
+    block, so that the mask is not evaluated there. key_bias ``(batch, kv_heads, k_len)`` is added to the logits of
+    each key. Returns the output ``(batch, num_heads, q_len, value_dim)`` and, with ``return_lse``, the log-sum-exp
+    ``(batch, num_heads, q_len)``.
     """
     heads, kv_heads, q_len, k_len = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
     if indices.shape[2] != num_blocks(q_len, block_q) or indices.shape[1] not in (1, kv_heads, heads):
@@ -76,7 +77,7 @@ def token_list_attention(
         indices, block_q, Everything() if mask is None else mask, indices.shape[-1] if mask is None else settled
     )
     bias = key.new_empty(0) if key_bias is None else key_bias
-    out, lse = _Gather.apply(query, key, value, bias, plan, score_scale(query, scale))  # type: ignore[no-untyped-call]
+    out, lse = _Gather.apply(query, key, value, bias, plan, score_scale(query, scale))
     return (out, lse) if return_lse else out
 
 

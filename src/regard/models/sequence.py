@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError
 from regard.masks import Mask
+from regard.mechanism import Layer
 from regard.nn import TransformerBlock, make_attention
+from regard.registry import get
+from regard.registry import options as known_options
 
 __all__ = ["SequenceModel"]
 
@@ -19,8 +22,9 @@ class SequenceModel(nn.Module):
     """Tokens ``(batch, length)`` int64 (or vectors ``(batch, length, input_dim)``) to logits.
 
     mechanism: one name for all layers, or one per layer. options: of the mechanism (one mapping for all, or per layer).
-    positions: ``"rotary"`` (mechanisms only), ``"learned"`` or ``"none"``. pool: ``"none"`` gives ``(batch, length,
-    num_classes)``, ``"mean"`` and ``"last"`` give ``(batch, num_classes)``.
+    positions: ``"rotary"`` (mechanisms, and layers with an option of that name), ``"learned"`` or ``"none"``. pool:
+    ``"none"`` gives ``(batch, length, num_classes)``, ``"mean"`` and ``"last"`` give ``(batch, num_classes)``; where the
+    mask is one of padding they leave the padding out.
     """
 
     def __init__(
@@ -61,8 +65,9 @@ class SequenceModel(nn.Module):
         self.blocks = nn.ModuleList()
         for index, (name, setting) in enumerate(zip(names, settings, strict=True)):
             keywords: dict[str, Any] = {"layer_index": index, "num_layers": depth, **setting}
-            if positions == "rotary":
-                keywords.setdefault("rotary", True)
+            # Some layers have rotary positions by default.
+            if positions == "rotary" or (issubclass(get(name), Layer) and "rotary" in known_options(name)):
+                keywords.setdefault("rotary", positions == "rotary")
             if num_kv_heads is not None:
                 keywords["num_kv_heads"] = num_kv_heads
             self.blocks.append(
@@ -86,8 +91,15 @@ class SequenceModel(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, **call)
         hidden = self.norm(hidden)
+        return cast(Tensor, self.head(hidden if self.pool == "none" else self._pool(hidden, mask)))
+
+    def _pool(self, hidden: Tensor, mask: Mask | None) -> Tensor:
+        keys = None if mask is None else mask.key_validity(hidden.shape[1])
+        if keys is None:
+            return hidden.mean(1) if self.pool == "mean" else hidden[:, -1]
+        real = keys[:, 0].to(hidden.device).expand(len(hidden), -1)
         if self.pool == "mean":
-            hidden = hidden.mean(1)
-        elif self.pool == "last":
-            hidden = hidden[:, -1]
-        return cast(Tensor, self.head(hidden))
+            share = real / real.sum(-1, keepdim=True).clamp_min(1)
+            return (hidden * share[..., None].to(hidden.dtype)).sum(1)
+        last = (real * torch.arange(real.shape[1], device=real.device)).argmax(-1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]

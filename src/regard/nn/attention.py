@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from regard.errors import OptionError, RetrofitError, ShapeError
 from regard.layers.rotary import apply_rotary, rotary_angles
-from regard.masks import KeyPadding, Mask
+from regard.masks import Boolean, KeyPadding, Mask
 from regard.mechanism import Layer, Mechanism
 from regard.registry import build, get
+from regard.registry import options as known_options
 
 __all__ = ["MultiHeadAttention", "make_attention"]
 
@@ -22,8 +23,8 @@ class MultiHeadAttention(nn.Module):
 
     mechanism: a name (its options follow as keywords) or a built :class:`~regard.mechanism.Mechanism`.
     num_kv_heads: key/value heads, dividing ``num_heads`` (default: equal). kdim, vdim: channels of the context, for
-    cross-attention. rotary: rotary positions on queries and keys (Su et al., 2021, arXiv 2104.09864).
-    dropout: of the output of the mechanism's heads before the output projection.
+    cross-attention. rotary: rotary positions on queries and keys (Su et al., 2021, arXiv 2104.09864); the last query
+    stands where the last key does. dropout: of the output of the mechanism's heads before the output projection.
     """
 
     def __init__(
@@ -83,7 +84,10 @@ class MultiHeadAttention(nn.Module):
     def from_torch(
         cls, module: nn.MultiheadAttention, mechanism: str | Mechanism = "full", **options: Any
     ) -> MultiHeadAttention:
-        """The same weights as a ``torch.nn.MultiheadAttention``, around another mechanism."""
+        """The same weights as a ``torch.nn.MultiheadAttention``, around another mechanism.
+
+        Inputs come batch first, whatever the module's ``batch_first``; its dropout of attention weights is left out.
+        """
         if module.bias_k is not None or module.add_zero_attn:
             raise RetrofitError("add_bias_kv and add_zero_attn of nn.MultiheadAttention are not supported.")
         host = cls(
@@ -109,28 +113,43 @@ class MultiHeadAttention(nn.Module):
             host.out.weight.copy_(module.out_proj.weight)
             if module.out_proj.bias is not None:
                 host.out.bias.copy_(module.out_proj.bias)
-        return host.to(module.out_proj.weight.device, module.out_proj.weight.dtype)
+        return host.to(module.out_proj.weight.device, module.out_proj.weight.dtype).train(module.training)
 
-    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Query ``(batch, num_heads, length, head_dim)``, key and value ``(batch, num_kv_heads, ...)``."""
-        source = x if context is None else context
+        key_source, value_source = (
+            context if isinstance(context, tuple) else (x, x) if context is None else (context,) * 2
+        )
+        for what, tensor, linear in (
+            ("x", x, self.query),
+            ("the source of keys", key_source, self.key),
+            ("the source of values", value_source, self.value),
+        ):
+            if tensor.dim() != 3 or tensor.shape[-1] != linear.in_features:
+                raise ShapeError(
+                    f"MultiHeadAttention takes {what} as (batch, length, {linear.in_features}), "
+                    f"got {tuple(tensor.shape)}."
+                )
 
         def heads(tensor: Tensor, count: int) -> Tensor:
             return tensor.unflatten(-1, (count, self.head_dim)).transpose(1, 2)
 
         query = heads(self.query(x), self.num_heads)
-        key, value = heads(self.key(source), self.num_kv_heads), heads(self.value(source), self.num_kv_heads)
+        key, value = heads(self.key(key_source), self.num_kv_heads), heads(self.value(value_source), self.num_kv_heads)
         if self.rotary:
-            q_len, k_len = query.shape[2], key.shape[2]
-            cos, sin = rotary_angles(k_len, self.head_dim, device=x.device, dtype=x.dtype)
-            query = apply_rotary(query, cos[k_len - q_len :], sin[k_len - q_len :])
-            key = apply_rotary(key, cos, sin)
+            longest = max(query.shape[2], key.shape[2])
+            cos, sin = rotary_angles(longest, self.head_dim, device=x.device, dtype=x.dtype)
+            query, key = (
+                apply_rotary(t, cos[longest - t.shape[2] :], sin[longest - t.shape[2] :]) for t in (query, key)
+            )
         return query, key, value
 
     def forward(
         self,
         x: Tensor,
-        context: Tensor | None = None,
+        context: Tensor | tuple[Tensor, Tensor] | None = None,
         *,
         causal: bool = False,
         mask: Mask | Tensor | None = None,
@@ -139,14 +158,18 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         """Attend within ``x`` ``(batch, length, embed_dim)``, or from ``x`` to ``context`` ``(batch, k_len, kdim)``.
 
-        key_padding: boolean ``(batch, k_len)``, True for real tokens (torch's ``key_padding_mask`` is its opposite).
+        context: a pair takes keys from the first and values ``(batch, k_len, vdim)`` from the second. mask: a regard
+        mask or a tensor, as the mechanism takes it. key_padding: boolean ``(batch, k_len)``, True for real tokens
+        (torch's ``key_padding_mask`` is its opposite).
         """
-        if x.dim() != 3:
-            raise ShapeError(f"MultiHeadAttention takes (batch, length, embed_dim), got {tuple(x.shape)}.")
         if key_padding is not None:
-            if isinstance(mask, Tensor):
-                raise OptionError("Give key_padding and a regard mask, or put both into one mask tensor.")
             padding = KeyPadding(key_padding)
+            if isinstance(mask, Tensor):
+                if mask.dtype != torch.bool:
+                    raise OptionError(
+                        "key_padding goes with a regard mask or a boolean one; write it into the additive mask as -inf."
+                    )
+                mask = Boolean(mask)
             mask = padding if mask is None else mask & padding
         query, key, value = self.project(x, context)
         out = self.mechanism(query, key, value, causal=causal, mask=mask, grid=grid)
@@ -156,12 +179,15 @@ class MultiHeadAttention(nn.Module):
 def make_attention(name: str, embed_dim: int, num_heads: int, **options: Any) -> nn.Module:
     """``(batch, length, embed_dim)`` in and out for any name: a layer as it is, a mechanism inside its host.
 
-    Keywords that :class:`MultiHeadAttention` takes go to it, the others to the mechanism or layer.
+    Keywords that :class:`MultiHeadAttention` takes go to it, the others to the mechanism or layer. Raises OptionError
+    for what is neither.
     """
+    if not issubclass(get(name), Layer | Mechanism):
+        raise OptionError(f"{name!r} works on feature maps, not on tokens; build it with regard.create.")
     if issubclass(get(name), Layer):
         context = {k: options.pop(k) for k in ("layer_index", "num_layers", "num_kv_heads") if k in options}
-        for host_only in ("rotary", "dropout"):
-            if options.get(host_only) in (False, 0.0):
-                options.pop(host_only)
-        return build(name, options, embed_dim=embed_dim, num_heads=num_heads, **context)
+        # To switch off what a layer does not have is no mistake; to switch it on is one, and build says so.
+        absent = [k for k in ("rotary", "dropout") if k not in known_options(name) and not options.get(k)]
+        options = {k: v for k, v in options.items() if k not in absent}
+        return build(name, options, embed_dim=embed_dim, channels=embed_dim, num_heads=num_heads, **context)
     return MultiHeadAttention(embed_dim, num_heads, name, **options)

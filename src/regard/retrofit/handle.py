@@ -1,12 +1,11 @@
-"""``with regard.retrofit(model, "moba", layers=..., top_k=4):`` puts a mechanism into a live model, and takes it out again."""
+"""``with regard.retrofit(model, "moba", top_k=4):`` puts a mechanism into a live model, and takes it out again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
 from regard.errors import OptionError, RetrofitError
@@ -97,11 +96,12 @@ def retrofit(
     layers: which layers, by default all; the others keep the model's own attention. An index (of each stack), a module
     path or the start of one, ``"re:..."`` searched for in the path, a callable on the path, or a list of these.
     attention_dropout: in training, a model's dropout of attention weights is applied by forming the implied weights.
-    'auto' does so for mechanisms of quadratic cost and is an error for others, 'weights' does so always, 'off' leaves it.
+    'auto' does so for mechanisms of quadratic cost and is an error for others, 'weights' does so always, 'off' never.
 
-    Weights, masks, KV cache and ``generate`` stay the model's own business: the mechanism gets queries, keys and values as
-    the model made them. A mask that it cannot honour is an error. ``output_attentions=True`` gives implied weights. A
-    nested retrofit of the same layer wins until it is restored; retrofits may be restored in any order.
+    Projections, positions, KV cache and ``generate`` stay the model's own business: the mechanism gets queries, keys
+    and values as the model made them. A mask that it cannot honour is an error. ``output_attentions=True`` gives implied
+    weights. A nested retrofit of the same layer wins until it is restored; retrofits may be restored in any order. A
+    handle that is dropped without being restored leaves the model retrofitted.
 
     Raises RetrofitError, MissingExtraError, UnknownNameError, OptionError; nothing is changed then.
     """
@@ -152,8 +152,8 @@ def _built(site: Site, choice: Any) -> Mechanism:
         module = build(name, options, **site.context)
         if not isinstance(module, Mechanism):
             raise OptionError(
-                f"{name!r} is a {type(module).__name__} with its own projections, not a mechanism on (query, key, value): "
-                "it cannot take the place of a trained model's attention. `regard list` shows the kinds."
+                f"{name!r} is a {type(module).__name__} with its own projections, not a mechanism on (query, key, "
+                "value): it cannot take the place of a trained model's attention. `regard list` shows the kinds."
             )
         like = next((p for p in _home(site).parameters() if p.is_floating_point()), None)
         if like is not None:

@@ -1,9 +1,9 @@
 """The way into transformers: its AttentionInterface and AttentionMaskInterface, one name for all.
 
-While a model is retrofitted or watched, the configs of the model and its parts name the implementation ``"regard"``. Each
-call is then answered by the layer's switch, and the model's own implementation stays within reach for the layers that are
-left to it. The mask function is registered beside the attention function: an implementation without one gets no mask at
-all from transformers, silently.
+While a model is retrofitted or watched, the configs of the model and its parts name the implementation ``"regard"``.
+Each call is then answered by the layer's switch, and the model's own implementation stays within reach for the layers
+that are left to it. The mask function is registered beside the attention function: an implementation without one gets
+no mask at all from transformers, silently.
 """
 
 from __future__ import annotations
@@ -121,7 +121,11 @@ def _register() -> Callable[[], None]:
 
 def _remember_members(model: nn.Module) -> Callable[[], None]:
     _members[id(model)] = frozenset(id(module) for module in model.modules())
-    return partial(_members.pop, id(model), None)
+
+    def undo() -> None:
+        del _members[id(model)]
+
+    return undo
 
 
 def _watch_output_attentions(module: nn.Module) -> Callable[[], None]:
@@ -156,8 +160,8 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls: tensors ``(batch, heads, length, head_dim)`` in, ``(batch, length, heads, head_dim)`` and
-    weights or None out."""
+    """What transformers calls: tensors ``(batch, heads, length, head_dim)`` in, ``(batch, length, heads, head_dim)``
+    and weights or None out."""
     own = partial(own_attention, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     switch = switches.get(id(module))
     if switch is None:
@@ -199,13 +203,16 @@ def _refuse_meaningful(site: Site, mask: Any, kwargs: dict[str, Any]) -> None:
 def _attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Boolean ``(batch, 1, q_len, k_len)``, True where visible, or None where nothing but causality restricts.
 
-    Where a layer stays with eager attention, which reads None as no restriction at all, the triangle is written out. Where
-    one stays with an implementation that reads masks of another form (flash, flex, one's own), that form rides along.
+    Where a layer stays with eager attention, which reads None as no restriction at all, the triangle is written out; so
+    it is under a config of eager attention, which another model may share. Where a layer stays with an implementation
+    that reads masks of another form (flash, flex, one's own), that form rides along.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
     left = [s for s in switches.values() if s.site.host == "transformers" and not s.replacements]
     readers = {own_implementation(switch.site.module) for switch in left}
+    named = _originals.get(id(kwargs.get("config")), "sdpa")
+    readers |= {named} if named in _EAGER else set()
     readers.discard("sdpa")
     if not readers:
         return sdpa_mask(*args, **kwargs)
@@ -221,7 +228,7 @@ def _attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 def own_implementation(module: nn.Module) -> str | None:
     """The implementation that a module's config named before."""
-    return _originals.get(id(getattr(module, "config", None)), None)
+    return _originals.get(id(getattr(module, "config", None)))
 
 
 def own_attention(
@@ -233,7 +240,8 @@ def own_attention(
     if id(getattr(module, "config", None)) not in _originals:
         raise RetrofitError(
             f"A {type(module).__name__} was asked for attention by regard, but its model is not retrofitted: it was "
-            "copied from one that was. Restore first and copy then, or call model.set_attn_implementation('sdpa') on it."
+            "copied from one that was. Restore first and copy then, or call model.set_attn_implementation('sdpa') on "
+            "the copy."
         )
     name = own_implementation(module)
     if name == "sdpa":
@@ -263,8 +271,8 @@ def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     functions = [method.__globals__.get(name) for name in names] if method is not None else []
     if not functions or functions[0] is None:
         raise RetrofitError(
-            f"The eager attention of {type(module).__name__} was not found in {type(module).__module__}. Load the model "
-            "with attn_implementation='sdpa', or retrofit all of its layers."
+            f"The eager attention of {type(module).__name__} was not found in {type(module).__module__}. Load the "
+            "model with attn_implementation='sdpa', or retrofit all of its layers."
         )
     return functions[0]
 
@@ -277,6 +285,6 @@ def _implementation_before(module: nn.Module) -> str | None:
 def _check_not_copied(site: Site) -> None:
     if _implementation_before(site.module) == NAME:
         raise RetrofitError(
-            f"{site.path}: this model is a copy of a retrofitted one and has no attention of its own. Restore first and "
-            "copy then, or call model.set_attn_implementation('sdpa') on it."
+            f"{site.path}: this model is a copy of a retrofitted one and has no attention of its own. Restore first "
+            "and copy then, or call model.set_attn_implementation('sdpa') on it."
         )

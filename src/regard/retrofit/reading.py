@@ -1,8 +1,9 @@
 """What a model's mask says, read off its values: causal or not, which keys are padding, what is left.
 
-Models hand over a boolean tensor, a float tensor of zeros and very negative numbers, a 2-D padding mask, a FlexAttention
-``BlockMask`` or nothing at all. A mechanism is told as little as that means: no mask where nothing is hidden, ``causal``
-where the triangle is all, :class:`~regard.masks.KeyPadding` where whole keys are hidden, a boolean tensor otherwise.
+Models hand over a boolean tensor, a float tensor of zeros and very negative numbers, a 2-D padding mask, a
+FlexAttention ``BlockMask`` or nothing at all. A mechanism is told as little as that means: no mask where nothing is
+hidden, ``causal`` where the triangle is all, :class:`~regard.masks.KeyPadding` where whole keys are hidden, a boolean
+tensor otherwise.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _HIDDEN = -9999.0
 
 @dataclass(frozen=True)
 class Reading:
-    """A mask understood. ``keys``: how many leading keys there are at all (a static cache holds room for later ones)."""
+    """A mask understood. ``keys``: how many leading keys there are at all (a static cache has room for later ones)."""
 
     causal: bool
     mask: Mask | None
@@ -146,12 +147,9 @@ def _parse(mask: Tensor, q_len: int, k_len: int, causal: bool) -> _Parsed:
     some = seen.any(2, keepdim=True)
     triangle = torch.ones(q_len, keys, dtype=torch.bool, device=seen.device).tril(keys - q_len)
     below = not bool((seen & ~triangle).any())
-    if causal:
-        is_causal = below
-    else:
-        # A layer that is not causal of itself, under a mask that shows no later token to any: an autoregressive mask
-        # passed by hand. A padding mask that happens to hide the same is taken for what it is first.
-        is_causal = below and q_len == keys > 1 and not bool((seen == some).all())
+    # A layer that is not causal of itself may be given an autoregressive mask by hand. A padding mask that happens to
+    # show no later token either is taken for what it is first.
+    is_causal = below if causal else below and q_len == keys > 1 and not bool((seen == some).all())
     rule = some & triangle if is_causal else some
     plain = bool((seen == rule).all())
     if plain and bool(some.all()):

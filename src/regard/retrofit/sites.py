@@ -1,7 +1,7 @@
 """Where a model's attention layers are: found by how they are written, addressed by module path.
 
-A path is the only address that every model has: ViT and Whisper's encoder carry no ``layer_idx``, and an encoder-decoder
-model has three attention layers of each index.
+A path is the only address that every model has: ViT and Whisper's encoder carry no ``layer_idx``, and a model of
+encoder and decoder has three attention layers of each index.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import FunctionType
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 from torch import nn
 
@@ -21,7 +20,7 @@ from regard.mechanism import Mechanism
 
 __all__ = ["Selector", "Site", "discover", "interface_method", "select"]
 
-Selector = Union[None, int, str, Callable[[str], bool], Sequence[Union[int, str]]]
+Selector = int | str | Callable[[str], bool] | Sequence[int | str] | None
 
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "encoder_attention_heads")
@@ -34,8 +33,8 @@ _EMBED_DIM = ("embed_dim", "hidden_size", "d_model")
 class Site:
     """One attention layer: the module whose call is answered by a mechanism, or watched.
 
-    ``host``: 'transformers' (a module that calls its AttentionInterface), 'torch' (nn.MultiheadAttention) or 'regard' (a
-    :class:`~regard.mechanism.Mechanism` inside a host). ``block``: the element of the model's stack that holds it.
+    ``host``: 'transformers' (a module that calls its AttentionInterface), 'torch' (nn.MultiheadAttention) or 'regard'
+    (a :class:`~regard.mechanism.Mechanism` inside a host). ``block``: the element of the model's stack that holds it.
     ``layer_index`` counts layers of the same kind: encoder, decoder and cross-attention each start at 0.
     """
 
@@ -84,9 +83,17 @@ def _first_int(sources: Iterable[object], names: Sequence[str]) -> int | None:
     return None
 
 
-@cache
+_methods: dict[type, FunctionType | None] = {}
+
+
 def interface_method(cls: type) -> FunctionType | None:
     """The method of a transformers attention module that asks the AttentionInterface what to call, or None."""
+    if cls not in _methods:
+        _methods[cls] = _find_interface_method(cls)
+    return _methods[cls]
+
+
+def _find_interface_method(cls: type) -> FunctionType | None:
     if any(base.__name__ == "PreTrainedModel" for base in cls.__mro__):
         return None
     seen: set[str] = set()

@@ -1,8 +1,8 @@
 """One switch per attention layer: who answers its call, and who watches.
 
-Retrofits and captures lie on a switch in any order and may be taken off in any order: the newest retrofit answers, without
-one the model's own attention does, and every capture sees the call. A layer's ways in (the AttentionInterface, an
-instance's ``forward``) are opened when the first of them comes and closed again when the last goes.
+Retrofits and captures lie on a switch in any order and may be taken off in any order: the newest retrofit answers,
+without one the model's own attention does, and every capture sees the call. A layer's ways in (the AttentionInterface,
+an instance's ``forward``) are opened when the first of them comes and closed again when the last goes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,9 +30,9 @@ DropoutPolicy = Literal["auto", "weights", "off"]
 
 @dataclass(eq=False)
 class Call:
-    """One call of an attention layer: ``query`` ``(batch, num_heads, q_len, head_dim)``, ``key`` and ``value`` ``(batch,
-    kv_heads, k_len, ...)``, ``read`` to understand the mask, ``scale`` of the logits (None: ``1 / sqrt(head_dim)``),
-    ``dropout`` of the weights (0 outside training)."""
+    """One call of an attention layer: ``query`` ``(batch, num_heads, q_len, head_dim)``, ``key`` and ``value``
+    ``(batch, kv_heads, k_len, ...)``, ``read`` to understand the mask, ``scale`` of the logits (None: ``1 /
+    sqrt(head_dim)``), ``dropout`` of the weights (0 outside training)."""
 
     query: Tensor
     key: Tensor
@@ -48,14 +47,14 @@ class Call:
         return self.read()
 
     def softmax_weights(self) -> Tensor:
-        """Softmax attention's weights ``(batch, num_heads, q_len, k_len)`` for this call, whatever computed its output."""
+        """Softmax attention's weights ``(batch, num_heads, q_len, k_len)``, whatever computed the output."""
         reading, work = self.reading, accumulation_dtype(self.query.dtype)
         key = expand_groups(self.key[:, :, : reading.keys], self.query.shape[1]).to(work)
         scores = self.query.to(work) * score_scale(self.query, self.scale) @ key.transpose(-1, -2)
         if reading.bias is not None:
             scores = scores + reading.bias.to(work)
         rule = reading.visible
-        visible = None if rule is None else rule.to(scores.device).dense(*scores.shape[-2:], scores.device)
+        visible = None if rule is None else rule.dense(scores.shape[-2], scores.shape[-1], scores.device)
         return self.padded(masked_softmax(scores, visible).to(self.query.dtype))
 
     def padded(self, weights: Tensor) -> Tensor:
@@ -95,8 +94,8 @@ class Switch:
     def run(
         self, call: Call, own: Callable[[], tuple[Tensor, Tensor | None]], want_weights: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Answer a call. ``own``: the model's own attention. Returns ``(batch, q_len, num_heads, value_dim)`` and, where
-        wanted or given by the model's own, the weights ``(batch, num_heads, q_len, k_len)``."""
+        """Answer a call. ``own``: the model's own attention. Returns ``(batch, q_len, num_heads, value_dim)`` and,
+        where wanted or given by the model's own, the weights ``(batch, num_heads, q_len, k_len)``."""
         chosen = self.replacement
         if chosen is None:
             output, weights = own()

@@ -1,6 +1,7 @@
 """The ways into plain torch models: ``nn.MultiheadAttention``, and mechanisms in the hosts of ``regard.nn``.
 
-The module stays where it is, with its parameters, keys and hooks; only its instance's ``forward`` is another for a while.
+The module stays where it is, with its parameters, keys and hooks; only its instance's ``forward`` is another one for a
+while.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from regard.masks import Boolean, Mask
 from regard.mechanism import Mechanism
 from regard.retrofit.reading import Reading, read_mask
 from regard.retrofit.sites import Site
-from regard.retrofit.switch import Call, Patches, Replacement, Switch, respond, switches
+from regard.retrofit.switch import Call, Patches, Replacement, respond, switches
 
 __all__ = ["open_mechanism", "open_multihead"]
 
@@ -148,8 +149,8 @@ def _multihead_forward(
     own = partial(respond, switch.site, Replacement(None, _FULL), call, need_weights)
     if need_weights and switch.replacement is not None and not switch.replacement.mechanism.value_linear:
         raise RetrofitError(
-            f"{switch.site.path}: {switch.replacement.mechanism.key} implies no attention weights; call the module with "
-            "need_weights=False."
+            f"{switch.site.path}: {switch.replacement.mechanism.key} implies no attention weights; call the module "
+            "with need_weights=False."
         )
     heads, weights = switch.run(call, own, need_weights)
     output = F.linear(heads.flatten(2), module.out_proj.weight, module.out_proj.bias)

@@ -4,26 +4,28 @@ Per key/value head ``h`` and key ``j``
 
     dt_hj = (W_dt concat_h' v_h'j)_h          s_hj = A_h softplus(dt_hj)      (``form="exp"``: its exponential)
 
-Query ``i`` keeps the ``keep`` keys of largest score among those up to ``i``, and attends to them with the score as a bias:
+Query ``i`` keeps the ``keep`` keys of largest score among those up to ``i``, and attends to them with the score as a
+bias:
 
     softmax_j(scale q_i . k_j + s_hj) v_j     over the kept j
 
-The choice is made on detached scores: ``A`` and ``W_dt`` learn through the bias of kept keys alone. ``A`` starts at zero,
-where all scores tie; ties go to the more recent key, so an untrained layer is a sliding window. Scores do not depend on the
-query: a key that falls out of the kept set never comes back, so a cache of ``keep`` tokens decodes exactly.
+The choice is made on detached scores: ``A`` and ``W_dt`` learn through the bias of kept keys alone. ``A`` starts at
+zero, where all scores tie; ties go to the more recent key, so an untrained layer is a sliding window. Scores do not
+depend on the query: a key that falls out of the kept set never comes back, so a cache of ``keep`` tokens decodes
+exactly.
 
-Shi et al., "Trainable Dynamic Mask Sparse Attention", 2025, arXiv 2508.02124, section 3. The paper writes the exponential;
-its released code takes the exponent alone (``form="linear"``, the default here, for its numerical range) and its example
-model ranks keys over the whole sequence, which is not causal; this is the paper's ranking per query. Query ``(batch,
-num_heads, q_len, head_dim)``, key and value ``(batch, num_kv_heads, k_len, head_dim)``; the heads of a group keep the same
-keys. Time ``O(N keep d)`` plus ``O(N num_kv_heads^2 d)`` for the scores.
+Shi et al., "Trainable Dynamic Mask Sparse Attention", 2025, arXiv 2508.02124, section 3. The paper writes the
+exponential; its released code takes the exponent alone (``form="linear"``, the default here, for its numerical range)
+and its example model ranks keys over the whole sequence, which is not causal; this is the paper's ranking per query.
+Query ``(batch, num_heads, q_len, head_dim)``, key and value ``(batch, num_kv_heads, k_len, head_dim)``; the heads of
+a group keep the same keys. Time ``O(N keep d)`` plus ``O(N num_kv_heads^2 d)`` for the scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ from regard.errors import OptionError, ShapeError, UnsupportedPatternError
 from regard.kernels import dense_attention, expand_groups, token_sparse_attention
 from regard.kernels.token_lists import token_list_attention
 from regard.layers.rotary import apply_rotary, rotary_angles
-from regard.layout import TokenLayout, num_blocks
+from regard.layout import TokenLayout
 from regard.masks import Boolean, Causal, Mask
 from regard.mechanism import Layer, Mechanism, Pattern, Request
 from regard.registry import register
@@ -107,8 +109,8 @@ def _per_query(kept: PrefixTopK, keep: int, q_len: int, k_len: int) -> Tensor:
 def majority_smooth(mask: Tensor, block_size: int) -> Tensor:
     """Keep whole key blocks: those of which a query keeps more than half of the tokens, and the query's own token.
 
-    ``mask`` ``(batch, heads, q_len, k_len)`` boolean, causal; the result is cut to the causal triangle again, and the own
-    token is forced, since a row whose kept keys are scattered would otherwise see nothing.
+    ``mask`` ``(batch, heads, q_len, k_len)`` boolean, causal; the result is cut to the causal triangle again, and the
+    own token is forced, since a row whose kept keys are scattered would otherwise see nothing.
     """
     q_len, k_len = mask.shape[-2:]
     sizes = split_blocks(torch.ones(k_len, 1, device=mask.device), block_size).sum((-2, -1))
@@ -135,14 +137,15 @@ class DynamicMaskCache:
 class DynamicMask(Mechanism):
     """keep: keys a query attends to. form: of the score, ``"linear"`` or the paper's ``"exp"``.
 
-    smooth_block: keep whole key blocks by majority (see :func:`majority_smooth`); None does not. executor: ``"blocks"``
-    gathers kept keys once a block of queries, ``"gathered"`` query by query, ``"masked"`` is dense attention under the same
-    mask (what smoothing and masks that differ between queries use); they differ in speed alone.
+    smooth_block: keep whole key blocks by majority (see :func:`majority_smooth`); None does not. executor:
+    ``"blocks"`` gathers kept keys once a block of queries, ``"gathered"`` query by query, ``"masked"`` is dense
+    attention under the same mask (what smoothing and masks that differ between queries use); they differ in speed
+    alone.
 
     The choice of keys reads the values, so the output is not linear in them; ``weights`` needs the values too.
     """
 
-    patterns: frozenset[Pattern] = frozenset(("causal-self", "causal-cross"))
+    patterns: ClassVar[frozenset[Pattern]] = frozenset(("causal-self", "causal-cross"))
     needs_training = True
     value_linear = False
     decodes = True
@@ -178,10 +181,10 @@ class DynamicMask(Mechanism):
         """Scores of the keys ``(batch, num_kv_heads, length)``."""
         if value.shape[1] != self.num_kv_heads or value.shape[3] != self.head_dim:
             raise ShapeError(
-                f"This mechanism scores values of {self.num_kv_heads} heads of {self.head_dim}; got {tuple(value.shape)}. "
+                f"This mechanism scores values of {self.num_kv_heads} heads of {self.head_dim}, not {tuple(value.shape)}. "
                 "Build it with num_kv_heads and head_dim of the model."
             )
-        return dma_scores(value, self.dt.weight, self.A, cast(Form, self.form))
+        return dma_scores(value, self.dt.weight, self.A, self.form)
 
     def kept(self, value: Tensor, q_len: int | None = None, mask: Mask | None = None) -> Tensor:
         """Which keys each query keeps, boolean ``(batch, kv_heads | num_heads, q_len, k_len)``, smoothing included."""
@@ -303,7 +306,7 @@ class DynamicMaskAttention(Layer):
     keep, form, smooth_block: as in :class:`DynamicMask`. qk_norm: root-mean-square norm of queries and keys per head.
     """
 
-    patterns: frozenset[Pattern] = frozenset(("causal-self",))
+    patterns: ClassVar[frozenset[Pattern]] = frozenset(("causal-self",))
     needs_training = True
     growth = "N k"
 

@@ -1,23 +1,26 @@
 """MoBA: mixture of block attention.
 
-Keys are cut into blocks of ``c`` tokens, summarised by their mean (after rotary positions). Query ``t`` has a gate per block,
+Keys are cut into blocks of ``c`` tokens, summarised by their mean (after rotary positions). Query ``t`` has a gate
+per block,
 
     g_tb = q_t . mean_{j in b} k_j    (-inf for blocks after t, +inf for the block that holds t)
 
-and attends, in one softmax, to the tokens of the ``top_k`` blocks of largest gate: its own block, causally, and ``top_k -
-1`` complete past ones (all of them where there are fewer). No parameters; the gate is not differentiated: a model learns
-keys whose block means tell by (continued) training with it. It is not meant as a patch for a trained model.
+and attends, in one softmax, to the tokens of the ``top_k`` blocks of largest gate: its own block, causally, and
+``top_k - 1`` complete past ones (all of them where there are fewer). No parameters; the gate is not differentiated: a
+model learns keys whose block means tell by (continued) training with it. It is not meant as a patch for a trained
+model.
 
-Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs", 2025, arXiv 2502.13189, section 2.2, equations 2 to 8.
-Query (batch, num_heads, q_len, head_dim), key and value (batch, num_kv_heads, k_len, ...); gates are per query head. Time
-``O(N (N / c) d + N top_k c d)``. The paper trains with blocks of 512, top 3 at 8k tokens, and with 4096, top 12 on long
-context; it ends training with full attention for the last tenth of the tokens and keeps the last layers full when tuning.
+Lu et al., "MoBA: Mixture of Block Attention for Long-Context LLMs", 2025, arXiv 2502.13189, section 2.2, equations 2
+to 8. Query (batch, num_heads, q_len, head_dim), key and value (batch, num_kv_heads, k_len, ...); gates are per query
+head. Time ``O(N (N / c) d + N top_k c d)``. The paper trains with blocks of 512, top 3 at 8k tokens, and with 4096,
+top 12 on long context; it ends training with full attention for the last tenth of the tokens and keeps the last
+layers full when tuning.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -81,7 +84,8 @@ def moba_attention(
 
 
 def hybrid_schedule(step: int, total: int, switch: float = 0.9) -> Mode:
-    """The mode for a training step of the paper's hybrid recipe: MoBA for the first ``switch`` of all steps, then full."""
+    """The mode for a training step of the paper's hybrid recipe: MoBA for the first ``switch`` of all steps, then
+    full."""
     return "moba" if step < switch * total else "full"
 
 
@@ -96,13 +100,13 @@ class MoBAState(KeyValueState):
 class MoBAAttention(SparseMechanism):
     """block_size: tokens a block. top_k: blocks a query attends to, its own included.
 
-    executor: ``"merged"`` gathers the queries of each key block and merges by log-sum-exp; ``"masked"`` is dense attention
-    under the same mask; ``"rows"`` gathers keys query by query. They differ in speed alone.
-    mode: ``"moba"`` or ``"full"`` attention; assign to it at any time, no weight changes. full_layers: this many last
+    executor: ``"merged"`` gathers the queries of each key block and merges by log-sum-exp; ``"masked"`` is dense
+    attention under the same mask; ``"rows"`` gathers keys query by query. They differ in speed alone. mode:
+    ``"moba"`` or ``"full"`` attention; assign to it at any time, no weight changes. full_layers: this many last
     layers of the model are always full.
     """
 
-    patterns: frozenset[Pattern] = frozenset(("causal-self", "causal-cross"))
+    patterns: ClassVar[frozenset[Pattern]] = frozenset(("causal-self", "causal-cross"))
     needs_training = True
     decodes = True
     growth = "N (N / c + k c)"

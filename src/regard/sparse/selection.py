@@ -50,9 +50,10 @@ def top_p_mask(
 ) -> Tensor:
     """True for the largest entries of each row whose running sum stays at or below ``top_p``.
 
-    ``shares`` are non-negative, rows sum to 1 (or to 0: nothing is chosen). ``crossing``: whether the entry that carries
-    the sum past ``top_p`` is taken too. At least ``minimum`` non-zero entries are taken. ``top_p`` may be a tensor that
-    broadcasts to ``shares``; a row with ``top_p >= 1`` takes all that is not zero, whatever rounding makes of the sum.
+    ``shares`` are non-negative, rows sum to 1 (or to 0: nothing is chosen). ``crossing``: whether the entry that
+    carries the sum past ``top_p`` is taken too. At least ``minimum`` non-zero entries are taken. ``top_p`` may be a
+    tensor that broadcasts to ``shares``; a row with ``top_p >= 1`` takes all that is not zero, whatever rounding
+    makes of the sum.
     """
     ordered, order = shares.sort(dim=-1, descending=True, stable=True)
     running = ordered.cumsum(-1)
@@ -115,9 +116,9 @@ class PrefixTopK:
 def prefix_top_k(scores: Tensor, keep: int, q_len: int, block_q: int, keys: Tensor | None = None) -> PrefixTopK:
     """The ``keep`` keys of largest score among those up to each query, ties to the more recent.
 
-    ``scores`` ``(batch, heads, k_len)`` do not depend on the query, so a key that falls out never returns and the choice
-    is a life from ``j`` to ``death[j]``: it is found in one sweep over blocks of queries, in time ``O(k_len / block_q *
-    (keep + block_q) log)``. ``keys`` ``(batch | 1, heads | 1, k_len)`` boolean: candidates.
+    ``scores`` ``(batch, heads, k_len)`` do not depend on the query, so a key that falls out never returns and the
+    choice is a life from ``j`` to ``death[j]``: it is found in one sweep over blocks of queries, in time ``O(k_len /
+    block_q * (keep + block_q) log)``. ``keys`` ``(batch | 1, heads | 1, k_len)`` boolean: candidates.
     """
     batch, heads, k_len = scores.shape
     device, keep = scores.device, min(keep, k_len)
