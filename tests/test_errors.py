@@ -53,7 +53,7 @@ Q = (2, 4, 6, 8)
         ((Q, (2, 3, 6, 8), (2, 3, 6, 8)), "divides the query's"),
         ((Q, Q, (2, 2, 6, 8)), "same number of heads"),
         ((Q, Q, (2, 4, 5, 8)), "lengths differ"),
-        ((Q, (2, 4, 8, 6), (2, 4, 8, 6)), "Transpose 1 and 2"),
+        ((Q, (2, 4, 8, 6), (2, 4, 8, 6)), "ranspose 1 and 2"),
         ((Q, (2, 4, 0, 8), (2, 4, 0, 8)), "at least one query and one key"),
     ],
 )

@@ -15,7 +15,7 @@ from regard.registry import register
 class Unmasked(FullAttention):
     """Softmax attention that takes no mask at all."""
 
-    key = "unmasked"
+    registered_name = "unmasked"
     mask_support = "none"
     takes_bias = False
 
@@ -23,7 +23,7 @@ class Unmasked(FullAttention):
 class KeysOnly(FullAttention):
     """Softmax attention that takes padding alone."""
 
-    key = "keys_only"
+    registered_name = "keys_only"
     mask_support = "keys"
     takes_bias = False
 
@@ -31,7 +31,7 @@ class KeysOnly(FullAttention):
 class SquareOnly(FullAttention):
     """Softmax attention that knows no cross-attention, as a linear-time parallel form."""
 
-    key = "square_only"
+    registered_name = "square_only"
     patterns = frozenset({"self", "causal-self"})
     takes_bias = False
 
@@ -39,14 +39,14 @@ class SquareOnly(FullAttention):
 class Linear(FullAttention):
     """Declares itself cheaper than quadratic."""
 
-    key = "cheap"
+    registered_name = "cheap"
     growth = "N"
 
 
 class Gated(FullAttention):
     """Squares the values: it implies no attention matrix."""
 
-    key = "gated"
+    registered_name = "gated"
     value_linear = False
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
@@ -56,7 +56,7 @@ class Gated(FullAttention):
 class Watching(FullAttention):
     """Remembers the requests that it got."""
 
-    key = "watching"
+    registered_name = "watching"
 
     def __init__(self) -> None:
         super().__init__()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import regard
-from regard.errors import OptionError, RetrofitError, UnsupportedMaskError, UnsupportedPatternError
+import regard.registry
+from regard.errors import OptionError, RegardError, RetrofitError, UnsupportedMaskError, UnsupportedPatternError
 from regard.masks import Causal, KeyPadding, Sinks, SlidingWindow
 from tests.retrofit.probes import Gated, KeysOnly, Linear, SquareOnly, Unmasked, Watching
 from tests.retrofit.small_models import (
@@ -451,3 +452,35 @@ def test_images_have_no_grid_of_their_own() -> None:
 
     with pytest.raises(RetrofitError, match="needs a grid of 2 axes"):
         regard.retrofit(vit(), Grids())
+
+
+def _every_mechanism() -> list[str]:
+    return [entry.key for entry in regard.catalogue("mechanism")]
+
+
+@pytest.mark.parametrize("key", _every_mechanism())
+def test_every_mechanism_runs_in_a_decoder_or_an_encoder_or_says_why(key: str) -> None:
+    """Forward, with padding, cached decoding, captured: a result without NaN, or an error that names the layer."""
+    ids, mask = tokens(2, 40), padding(2, 40, left=3)
+    steps = torch.ones(1, 40, dtype=torch.long)
+    ran = 0
+    for model in (llama(), bert()):
+        before = output_of(model, input_ids=ids)
+        calls: list[Any] = [
+            lambda m: output_of(m, input_ids=ids),
+            lambda m: output_of(m, input_ids=ids, attention_mask=mask),
+        ]
+        if model.can_generate():
+            calls.append(lambda m: m.generate(ids[:1], attention_mask=steps, max_new_tokens=3, do_sample=False).float())
+        for call in calls:
+            try:
+                with regard.retrofit(model, key, **regard.describe(key).example), regard.capture(model) as trace:
+                    output = call(model)
+            except RegardError as error:
+                assert "layers" in str(error) or "layer." in str(error)
+                continue
+            real = output[mask.bool()] if output.shape[:2] == mask.shape else output
+            assert torch.isfinite(real).all() and len(trace) == len(list(regard.retrofit.discover(model)))
+            ran += 1
+        assert torch.equal(output_of(model, input_ids=ids), before)
+    assert ran or regard.registry.get(key).needs_grid  # type: ignore[attr-defined]

@@ -173,15 +173,26 @@ class ClutteredDigits(_Classification):
     "Recurrent Models of Visual Attention", 2014, arXiv 1406.6247, section 4.1). The digits are strokes of this module's
     own, turned, stretched, slanted and bent at random, so no data set is needed.
 
-    Inputs ``(batch, 1, size, size)`` between 0 and 1, targets ``(batch,)``. :meth:`draw` also says where the digit lies.
+    Inputs ``(batch, 1, size, size)`` between 0 and 1, targets ``(batch,)``. A fixed number of images is drawn for each
+    split, always the same. :meth:`draw` makes others, and says where the digits lie.
     """
 
     num_classes = 10
 
-    def __init__(self, size: int = 32, height: float = 13.0, pieces: int = 10, noise: float = 0.1) -> None:
+    def __init__(
+        self,
+        size: int = 32,
+        height: float = 13.0,
+        pieces: int = 8,
+        noise: float = 0.1,
+        train: int = 2000,
+        test: int = 1000,
+    ) -> None:
         if size < 1.6 * height or pieces < 0 or noise < 0:
             raise OptionError(f"A digit of height {height} needs a canvas of {1.6 * height:.0f} or more; got {size}.")
         self.size, self.height, self.pieces, self.noise = size, height, pieces, noise
+        self._sizes = {"train": train, "test": test}
+        self._drawn: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         longest = max(len(stroke) for stroke in _STROKES) - 1
         self._lines = torch.zeros(10, longest, 2, 2)
         self._counts = torch.tensor([len(stroke) - 1 for stroke in _STROKES])
@@ -240,15 +251,31 @@ class ClutteredDigits(_Classification):
     def _paint(self, lines: Tensor) -> Tensor:
         """Lines ``(count, lines, 2, 2)`` as an image: one up to 0.6 pixels from a line, falling to zero at 1.6."""
         axis = torch.arange(self.size) + 0.5
-        place = torch.stack((axis.expand(self.size, -1), axis[:, None].expand(-1, self.size)), -1).view(1, 1, -1, 2)
-        start, along = lines[:, :, :1], lines[:, :, 1:] - lines[:, :, :1]
-        offset = place - start
-        share = (offset * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp_min(1e-6)
-        distance = (offset - share.clamp(0, 1) * along).norm(dim=-1).amin(1)
+        start, along = lines[:, :, 0], lines[:, :, 1] - lines[:, :, 0]
+        across = axis.expand(self.size, -1).flatten() - start[..., :1]
+        down = axis[:, None].expand(-1, self.size).flatten() - start[..., 1:]
+        dx, dy = along.unbind(-1)
+        square = (dx.square() + dy.square()).clamp_min(1e-6)
+        share = across * (dx / square)[..., None] + down * (dy / square)[..., None]
+        share = share.clamp_(0, 1)
+        across, down = across - share * dx[..., None], down - share * dy[..., None]
+        distance = (across.square_() + down.square_()).amin(1).sqrt()
         return (1.6 - distance).clamp(0, 1).view(-1, self.size, self.size)
 
     def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
-        return self.draw(size, generator)[:2]
+        images, digits, _ = self.all(split)
+        index = torch.randint(len(images), (size,), generator=generator)
+        return images[index], digits[index]
+
+    def all(self, split: str = "test") -> tuple[Tensor, Tensor, Tensor]:
+        """The whole split: images, digits, and the digits' boxes."""
+        if split not in self._drawn:
+            # Few at a time, so that the distances to all lines stay in the cache.
+            generator = torch.Generator().manual_seed({"train": 1, "test": 2}[split])
+            counts = [min(16, self._sizes[split] - start) for start in range(0, self._sizes[split], 16)]
+            parts = [self.draw(count, generator) for count in counts]
+            self._drawn[split] = tuple(torch.cat(column) for column in zip(*parts, strict=True))  # type: ignore[assignment]
+        return self._drawn[split]
 
 
 class DistractorRetrieval(_Classification):
@@ -262,8 +289,8 @@ class DistractorRetrieval(_Classification):
     def __init__(self, length: int = 64, key_dim: int = 16, num_classes: int = 8, noise: float = 0.5) -> None:
         if length < 2 or key_dim < 1 or num_classes < 2 or noise < 0:
             raise OptionError(
-                f"Need length >= 2, key_dim >= 1, num_classes >= 2, noise >= 0; got {length}, {key_dim}, {num_classes}, "
-                f"{noise}."
+                f"Need length >= 2, key_dim >= 1, num_classes >= 2, noise >= 0; got {length}, {key_dim}, "
+                f"{num_classes}, {noise}."
             )
         self.length, self.key_dim, self.num_classes, self.noise = length, key_dim, num_classes, noise
         self.input_dim = key_dim + num_classes

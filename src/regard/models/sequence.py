@@ -23,8 +23,8 @@ class SequenceModel(nn.Module):
 
     mechanism: one name for all layers, or one per layer. options: of the mechanism (one mapping for all, or per layer).
     positions: ``"rotary"`` (mechanisms, and layers with an option of that name), ``"learned"`` or ``"none"``. pool:
-    ``"none"`` gives ``(batch, length, num_classes)``, ``"mean"`` and ``"last"`` give ``(batch, num_classes)``; where the
-    mask is one of padding they leave the padding out.
+    ``"none"`` gives ``(batch, length, num_classes)``, ``"mean"`` and ``"last"`` give ``(batch, num_classes)`` and leave
+    padding out where the mask is one of padding.
     """
 
     def __init__(

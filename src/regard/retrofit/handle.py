@@ -13,7 +13,7 @@ from regard.mechanism import Mechanism
 from regard.registry import build
 from regard.retrofit import huggingface, torch_modules
 from regard.retrofit.sites import Selector, Site, discover, select
-from regard.retrofit.switch import DropoutPolicy, Replacement, Switch, switches
+from regard.retrofit.switch import DropoutPolicy, Replacement, Switch, name_of, switches
 
 __all__ = ["Handle", "open_sites", "retrofit"]
 
@@ -99,8 +99,8 @@ def retrofit(
     'auto' does so for mechanisms of quadratic cost and is an error for others, 'weights' does so always, 'off' never.
 
     Projections, positions, KV cache and ``generate`` stay the model's own business: the mechanism gets queries, keys
-    and values as the model made them. A mask that it cannot honour is an error. ``output_attentions=True`` gives implied
-    weights. A nested retrofit of the same layer wins until it is restored; retrofits may be restored in any order. A
+    and values as the model made them. A mask that it cannot honour is an error. ``output_attentions=True`` gives
+    implied weights. A nested retrofit of the same layer wins until it is restored; retrofits may be restored in any order. A
     handle that is dropped without being restored leaves the model retrofitted.
 
     Raises RetrofitError, MissingExtraError, UnknownNameError, OptionError; nothing is changed then.
@@ -164,7 +164,7 @@ def _built(site: Site, choice: Any) -> Mechanism:
         raise OptionError(f"A mechanism is a name, (name, options) or a built Mechanism; got {type(choice).__name__}.")
     if choice.needs_grid and 1 not in choice.grid_axes:
         raise RetrofitError(
-            f"{site.path}: {choice.key} needs a grid of {' or '.join(map(str, sorted(choice.grid_axes)))} axes, and a "
+            f"{site.path}: {name_of(choice)} needs a grid of {' or '.join(map(str, sorted(choice.grid_axes)))} axes, and a "
             "model's attention does not say what space lies behind its tokens."
         )
     return choice

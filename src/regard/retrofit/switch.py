@@ -23,7 +23,7 @@ from regard.mechanism import Mechanism
 from regard.retrofit.reading import Reading
 from regard.retrofit.sites import Site
 
-__all__ = ["Call", "DropoutPolicy", "Observer", "Patches", "Replacement", "Switch", "respond", "switches"]
+__all__ = ["Call", "DropoutPolicy", "Observer", "Patches", "Replacement", "Switch", "name_of", "respond", "switches"]
 
 DropoutPolicy = Literal["auto", "weights", "off"]
 
@@ -114,6 +114,11 @@ class Switch:
         return output, weights
 
 
+def name_of(mechanism: Mechanism) -> str:
+    """What an error calls a mechanism."""
+    return mechanism.registered_name or type(mechanism).__name__
+
+
 switches: dict[int, Switch] = {}
 """By identity of the module, which its switch keeps alive."""
 
@@ -125,7 +130,7 @@ def respond(site: Site, chosen: Replacement, call: Call, want_weights: bool) -> 
         mechanism.train(site.module.training)
     dropout = call.dropout if chosen.dropout != "off" else 0.0
     if dropout and not _can_drop(mechanism, chosen.dropout):
-        name = mechanism.key or type(mechanism).__name__
+        name = name_of(mechanism)
         raise RetrofitError(
             f"{site.path}: the model is in training with attention dropout {call.dropout}, which acts on attention "
             f"weights, and {name} forms none. Pass attention_dropout='off' to retrofit (or set the model's dropout to "

@@ -21,7 +21,7 @@ from regard.masks import Boolean, Mask
 from regard.mechanism import Mechanism
 from regard.retrofit.reading import Reading, read_mask
 from regard.retrofit.sites import Site
-from regard.retrofit.switch import Call, Patches, Replacement, respond, switches
+from regard.retrofit.switch import Call, Patches, Replacement, name_of, respond, switches
 
 __all__ = ["open_mechanism", "open_multihead"]
 
@@ -149,7 +149,7 @@ def _multihead_forward(
     own = partial(respond, switch.site, Replacement(None, _FULL), call, need_weights)
     if need_weights and switch.replacement is not None and not switch.replacement.mechanism.value_linear:
         raise RetrofitError(
-            f"{switch.site.path}: {switch.replacement.mechanism.key} implies no attention weights; call the module "
+            f"{switch.site.path}: {name_of(switch.replacement.mechanism)} implies no attention weights; call the module "
             "with need_weights=False."
         )
     heads, weights = switch.run(call, own, need_weights)

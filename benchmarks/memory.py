@@ -1,0 +1,75 @@
+"""Peak memory over length: every point is a process of its own, so that nothing kept from another one hides it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.rows import Report, Row, gradients, inputs
+from regard.kernels import block_sparse_attention, linear_attention
+from regard.layout import BlockLayout
+from regard.masks import Causal, SlidingWindow
+
+WINDOW, HEADS = 1024, 8
+
+
+def run(report: Report, quick: bool) -> list[Row]:
+    """Peak growth per token at three lengths, as the largest over the smallest."""
+    lengths = (2048, 4096, 8192) if quick else (8192, 16384, 32768)
+    rows = []
+    for kernel in ("block_sparse", "linear"):
+        report(f"memory of {kernel}: {', '.join(map(str, lengths))} tokens")
+        peaks = [_measure(kernel, length) for length in lengths]
+        per_token = [peak / length for peak, length in zip(peaks, lengths, strict=True)]
+        note = "peak beyond the inputs, forward + backward: " + ", ".join(
+            f"{peak / 2**20:.0f} MiB at {length}" for peak, length in zip(peaks, lengths, strict=True)
+        )
+        # Growth that is quadratic over these lengths would give 4.
+        name = f"memory per token, {kernel}, largest over smallest"
+        rows.append(Row(name, max(per_token) / min(per_token), target=1.25, sense="<=", note=note))
+    return rows
+
+
+def _measure(kernel: str, length: int) -> int:
+    command = [sys.executable, "-m", "benchmarks.memory", kernel, str(length)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}; this measurement needs Linux.")
+
+
+def peak_growth(kernel: str, length: int) -> int:
+    """Bytes that a forward and backward pass holds at most beyond what is resident before it."""
+    tensors = inputs(HEADS, length, grad=True)
+    if kernel == "block_sparse":
+        layout = BlockLayout.of(Causal() & SlidingWindow(WINDOW), length, length, 64, 64)
+        call: Callable[[Tensor, Tensor, Tensor], Tensor] = partial(block_sparse_attention, layout=layout)
+    else:
+        decay = -torch.linspace(0.01, 1, HEADS)
+        call = lambda q, k, v: linear_attention(q, k, v, causal=True, log_decay=decay)[0]  # noqa: E731
+    step = gradients(call, tensors)
+    # A small call first, so that what libraries set up once is not counted.
+    short = tuple(t[:, :, :64].detach().requires_grad_() for t in tensors)
+    small = BlockLayout.of(Causal(), 64, 64, 64, 64)
+    torch.autograd.grad(block_sparse_attention(*short, small).sum(), short)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    held = step()
+    peak = _status("VmHWM")
+    del held
+    return peak - before
+
+
+if __name__ == "__main__":
+    print(peak_growth(sys.argv[1], int(sys.argv[2])))
