@@ -74,11 +74,11 @@ def test_wrong_dtypes_and_devices() -> None:
 
 def test_wrong_masks() -> None:
     inputs = (tensor(*Q),) * 3
-    with pytest.raises(UnsupportedMaskError, match="boolean .* or floating"):
+    with pytest.raises(UnsupportedMaskError, match=r"boolean .* or floating"):
         regard.attention(*inputs, mask=torch.ones(6, 6, dtype=torch.int64))
     with pytest.raises(ShapeError, match="does not broadcast"):
         regard.attention(*inputs, mask=torch.ones(6, 5))
-    with pytest.raises(ShapeError, match="does not cover|does not broadcast"):
+    with pytest.raises(ShapeError, match=r"does not cover|does not broadcast"):
         regard.attention(*inputs, mask=torch.ones(6, 5, dtype=torch.bool))
     with pytest.raises(ShapeError, match="does not broadcast"):
         regard.attention(*inputs, mask=torch.ones(3, 1, 6, 6, dtype=torch.bool))

@@ -50,7 +50,8 @@ def test_a_folder_does_not_hide_the_function_of_its_name() -> None:
     code = (
         "import regard\nfirst = regard.catalogue()\nimport regard.catalogue\nfrom regard import catalogue\n"
         "from regard.catalogue import entries\n"
-        "print(first == regard.catalogue() == catalogue() == list(entries().values()) == list(catalogue.entries().values()))"
+        "assert list(catalogue.entries().values()) == list(entries().values())\n"
+        "print(first == regard.catalogue() == catalogue() == list(entries().values()))"
     )
     assert run(code) == "True"
 

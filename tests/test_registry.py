@@ -59,7 +59,7 @@ def test_create_checks_arguments(own: str) -> None:
     assert isinstance(module, Mean) and (module.num_heads, module.head_dim, module.sharpness) == (3, 2, 2.0)
     with pytest.raises(OptionError, match="also needs num_heads"):
         regard.create(own)
-    with pytest.raises(OptionError, match="Did you mean 'sharpness'.*It takes: num_heads, head_dim, sharpness"):
+    with pytest.raises(OptionError, match=r"Did you mean 'sharpness'.*It takes: num_heads, head_dim, sharpness"):
         regard.create(own, sharpnes=2.0)
 
 

@@ -121,6 +121,10 @@ class Mechanism(nn.Module, Traits):
     """Whether ``step`` gives, token by token, the numbers of the causal parallel form."""
 
     @property
+    def _name(self) -> str:
+        return self.registered_name or type(self).__name__
+
+    @property
     def strictly_causal(self) -> bool:
         """Whether with ``causal`` nothing of a later token reaches an earlier output, its selection included."""
         return True
@@ -168,7 +172,7 @@ class Mechanism(nn.Module, Traits):
         """
         if not self.value_linear:
             raise UnsupportedPatternError(
-                f"{self.registered_name or type(self).__name__} is not linear in the values, so it implies no attention matrix."
+                f"{self._name} is not linear in the values, so it implies no attention matrix."
             )
         probe = key.new_empty(*key.shape[:3], 0) if value is None else value
         request = self.request(query, key, probe, causal, mask, grid, scale)
@@ -222,7 +226,7 @@ class Mechanism(nn.Module, Traits):
     def _require_decoding(self) -> None:
         if not self.decodes:
             raise UnsupportedPatternError(
-                f"{self.registered_name or type(self).__name__} cannot decode step by step; run its parallel form on the whole "
+                f"{self._name} cannot decode step by step; run its parallel form on the whole "
                 "sequence, or choose a mechanism with decodes=True."
             )
 
@@ -238,7 +242,7 @@ class Mechanism(nn.Module, Traits):
     ) -> Request:
         """Validate a call in one place."""
         _check_tensors(query, key, value)
-        name = self.registered_name or type(self).__name__
+        name = self._name
         q_len, k_len = query.shape[2], key.shape[2]
         cross = q_len != k_len
         pattern: Pattern = ("causal-cross" if cross else "causal-self") if causal else ("cross" if cross else "self")

@@ -53,7 +53,7 @@ class Subject:
         seed: int = 0,
         train: bool = False,
     ) -> Any:
-        """A small instance with generic parameters: initial zeros and ones would hide whole branches from the checks."""
+        """A small instance with generic parameters: initial zeros and ones would hide whole branches."""
         torch.manual_seed(seed)
         module = regard.build(
             self.name,

@@ -1,7 +1,7 @@
 """Every layer ``(batch, length, channels)`` keeps the contracts of :class:`regard.mechanism.Layer`.
 
-An argument that ``forward`` names (``causal``, ``mask``, ``grid``) is honoured. A layer without a ``causal`` argument is
-causal always if its patterns are all causal, and never otherwise.
+An argument that ``forward`` names (``causal``, ``mask``, ``grid``) is honoured. A layer without a ``causal`` argument
+is causal always if its patterns are all causal, and never otherwise.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def both_masks(mask: Mask | Tensor | None, causal: bool, q_len: int, k_len: int)
 @over("mechanism")
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_patterns(subject: Subject, lengths: str) -> None:
-    """Declared patterns give the right shape, any key-value grouping and value head_dim; undeclared ones are refused."""
+    """Declared patterns give the right shape with any key-value grouping; undeclared ones are refused."""
     q_len, k_len = LENGTHS[lengths]
     for causal in (False, True):
         for kv_heads in (HEADS, HEADS // 2, 1):

@@ -48,7 +48,7 @@ class SeesTheFuture(Sound):
 
 
 class NeverLeaks(Sound):
-    strictly_causal = False  # type: ignore[assignment]
+    strictly_causal = False
 
 
 class IgnoresMasks(Sound):

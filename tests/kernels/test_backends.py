@@ -28,7 +28,7 @@ def test_a_context_speaks_to_many_kernels_and_a_call_to_one() -> None:
     """A form that this kernel lacks: ignored from the context, an error from the call."""
     with use_backend("flex"):
         assert resolve("k", None, ("reference",)) == "auto"
-    with pytest.raises(BackendError, match="k has no backend 'flex'. It has: auto, reference"):
+    with pytest.raises(BackendError, match=r"k has no backend 'flex'. It has: auto, reference"):
         resolve("k", "flex", ("reference",))
 
 

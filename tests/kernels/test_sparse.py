@@ -206,7 +206,7 @@ def test_token_forms_are_the_formula(lengths: tuple[int, int], backend: str) -> 
             out, lse = token_sparse_attention(*leaves, layout, scale=0.4, return_lse=True, backend=backend)
             torch.testing.assert_close(lse, expected_lse)
             seen = expected_lse.isfinite()
-            joined = [torch.cat((o.flatten(), l[seen].sin())) for o, l in ((out, lse), (expected, expected_lse))]
+            joined = [torch.cat((o.flatten(), e[seen].sin())) for o, e in ((out, lse), (expected, expected_lse))]
             compare(joined[0], joined[1], leaves)
 
 

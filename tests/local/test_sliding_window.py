@@ -49,7 +49,7 @@ def test_block_size_does_not_change_the_result() -> None:
 
 
 def test_the_decoding_state_stays_small() -> None:
-    """However long the text, no more is kept than a later token can see; the numbers stay those of the parallel form."""
+    """However long the text, no more is kept than a later token can see, and the numbers stay the parallel form's."""
     query, key, value = tensors(40, 2)
     mechanism = SlidingWindowAttention(window=6, sinks=2, block_size=4)
     expected = mechanism(query, key, value, causal=True)

@@ -46,7 +46,7 @@ def llama(implementation: str = "sdpa", **changes: Any) -> LlamaForCausalLM:
         eos_token_id=None,
         **changes,
     )
-    return _wide(LlamaForCausalLM(config))
+    return wide(LlamaForCausalLM(config))
 
 
 def mistral(implementation: str = "sdpa") -> MistralForCausalLM:
@@ -64,7 +64,7 @@ def mistral(implementation: str = "sdpa") -> MistralForCausalLM:
         bos_token_id=1,
         eos_token_id=None,
     )
-    return _wide(MistralForCausalLM(config))
+    return wide(MistralForCausalLM(config))
 
 
 def gpt2(implementation: str = "sdpa", **changes: Any) -> GPT2LMHeadModel:
@@ -81,7 +81,7 @@ def gpt2(implementation: str = "sdpa", **changes: Any) -> GPT2LMHeadModel:
         eos_token_id=None,
         **changes,
     )
-    return _wide(GPT2LMHeadModel(config))
+    return wide(GPT2LMHeadModel(config))
 
 
 def bert(implementation: str = "sdpa", **changes: Any) -> BertModel:
@@ -95,7 +95,7 @@ def bert(implementation: str = "sdpa", **changes: Any) -> BertModel:
         attn_implementation=implementation,
         **changes,
     )
-    return _wide(BertModel(config))
+    return wide(BertModel(config))
 
 
 def vit(implementation: str = "sdpa") -> ViTModel:
@@ -108,7 +108,7 @@ def vit(implementation: str = "sdpa") -> ViTModel:
         patch_size=8,
         attn_implementation=implementation,
     )
-    return _wide(ViTModel(config))
+    return wide(ViTModel(config))
 
 
 def t5(implementation: str = "sdpa") -> T5ForConditionalGeneration:
@@ -126,7 +126,7 @@ def t5(implementation: str = "sdpa") -> T5ForConditionalGeneration:
         decoder_start_token_id=0,
         eos_token_id=None,
     )
-    return _wide(T5ForConditionalGeneration(config))
+    return wide(T5ForConditionalGeneration(config))
 
 
 def whisper(implementation: str = "sdpa") -> WhisperModel:
@@ -148,10 +148,10 @@ def whisper(implementation: str = "sdpa") -> WhisperModel:
         eos_token_id=2,
         decoder_start_token_id=1,
     )
-    return _wide(WhisperModel(config))
+    return wide(WhisperModel(config))
 
 
-def _wide(model: Any) -> Any:
+def wide(model: Any) -> Any:
     """Larger weights than a fresh model's, so that attention is far from uniform and mistakes show."""
     with torch.no_grad():
         for module in model.modules():

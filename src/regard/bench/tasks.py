@@ -286,7 +286,7 @@ class DistractorRetrieval(_Classification):
     position. :meth:`draw` also says which cell it was.
     """
 
-    def __init__(self, length: int = 64, key_dim: int = 16, num_classes: int = 8, noise: float = 0.5) -> None:
+    def __init__(self, length: int = 64, key_dim: int = 8, num_classes: int = 8, noise: float = 0.4) -> None:
         if length < 2 or key_dim < 1 or num_classes < 2 or noise < 0:
             raise OptionError(
                 f"Need length >= 2, key_dim >= 1, num_classes >= 2, noise >= 0; got {length}, {key_dim}, "

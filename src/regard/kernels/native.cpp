@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <dlfcn.h>
 #include <limits>
 #include <thread>
 #include <vector>
@@ -123,17 +124,32 @@ void pack_columns(const float* from, int64_t stride, int64_t depth, int64_t colu
   }
 }
 
+// torch's own OpenMP pool where it is loaded, so that its idle threads, which spin for a while, do not stand in the way.
+typedef void (*Fork)(void (*)(void*), void*, unsigned, unsigned);
+
+void on_threads(int64_t threads, void (*run)(void*), void* job) {
+  static const Fork fork = reinterpret_cast<Fork>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (threads <= 1) return run(job);
+  if (fork) return fork(run, job, static_cast<unsigned>(threads), 0);
+  std::vector<std::thread> others;
+  for (int64_t t = 1; t < threads; ++t) others.emplace_back(run, job);
+  run(job);
+  for (auto& other : others) other.join();
+}
+
 template <class Work>
 void in_parallel(int64_t threads, int64_t tasks, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const auto run = [&] {
-    auto scratch = work.scratch();
-    for (int64_t i; (i = next.fetch_add(1)) < tasks;) work(i, scratch);
+  struct Job {
+    const Work& work;
+    int64_t tasks;
+    std::atomic<int64_t> next{0};
+  } job{work, tasks};
+  const auto run = [](void* data) {
+    Job& job = *static_cast<Job*>(data);
+    auto scratch = job.work.scratch();
+    for (int64_t i; (i = job.next.fetch_add(1)) < job.tasks;) job.work(i, scratch);
   };
-  std::vector<std::thread> others;
-  for (int64_t t = 1; t < std::min(threads, tasks); ++t) others.emplace_back(run);
-  run();
-  for (auto& other : others) other.join();
+  on_threads(std::min(threads, tasks), run, &job);
 }
 
 } // namespace

@@ -13,7 +13,7 @@ from regard.bench.training import fit
 from regard.feature.cbam import CBAM
 from regard.reproduce.finding import Finding
 
-EPOCHS, BATCH, SEEDS, WIDTHS = 25, 50, (0, 1), (16, 32, 48)
+EPOCHS, BATCH, SEEDS, WIDTHS = 25, 50, (0, 1), (8, 16, 32)
 FACTORIES: dict[str, Callable[[int], nn.Module]] = {
     "plain": lambda channels: nn.Identity(),
     "se": lambda channels: CBAM(channels, 4, pools=("avg",), use_spatial=False),
@@ -64,7 +64,7 @@ def _gate_ratio(model: _Network, images: Tensor, boxes: Tensor) -> float:
 
 def run(report: Callable[[str], None]) -> Finding:
     """Held-out accuracy of the three networks over two seeds, and where the spatial gate is open."""
-    task = ClutteredDigits()
+    task = ClutteredDigits(train=1200)
     images, digits, boxes = task.all("test")
     steps = EPOCHS * len(task.all("train")[0]) // BATCH
     accuracy: dict[str, list[float]] = {name: [] for name in FACTORIES}

@@ -100,7 +100,7 @@ def run(report: Callable[[str], None]) -> Finding:
     return Finding(
         measured,
         beats and reaches and falls,
-        "Holds if flow-attention's mean accuracy over three seeds is above that without competition and at least 0.9 of "
-        "softmax's, and the entropy of the competition weights falls in every seed. One layer of width 32, 256 tokens, "
+        "Holds if flow-attention's mean accuracy over three seeds is above that without competition and at least "
+        "0.9 of softmax's, and the entropy of the competition weights falls in every seed. One layer of width 32, 256 tokens, "
         f"{STEPS} steps of 64.",
     )

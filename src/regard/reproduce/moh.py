@@ -15,7 +15,7 @@ from regard.dense.moh import MixtureOfHeads, active_head_flops, head_usage
 from regard.models.sequence import SequenceModel
 from regard.reproduce.finding import Finding
 
-STEPS, WIDTH, HEADS, LENGTH, BATCH, BETA = 1500, 64, 4, 128, 16, 0.01
+STEPS, WIDTH, HEADS, LENGTH, BATCH, BETA = 1500, 64, 4, 64, 16, 0.01
 
 
 def _mixtures(model: nn.Module) -> list[MixtureOfHeads]:

@@ -100,8 +100,8 @@ def retrofit(
 
     Projections, positions, KV cache and ``generate`` stay the model's own business: the mechanism gets queries, keys
     and values as the model made them. A mask that it cannot honour is an error. ``output_attentions=True`` gives
-    implied weights. A nested retrofit of the same layer wins until it is restored; retrofits may be restored in any order. A
-    handle that is dropped without being restored leaves the model retrofitted.
+    implied weights. A nested retrofit of the same layer wins until it is restored; retrofits may be restored in any
+    order. A handle that is dropped without being restored leaves the model retrofitted.
 
     Raises RetrofitError, MissingExtraError, UnknownNameError, OptionError; nothing is changed then.
     """
@@ -164,8 +164,8 @@ def _built(site: Site, choice: Any) -> Mechanism:
         raise OptionError(f"A mechanism is a name, (name, options) or a built Mechanism; got {type(choice).__name__}.")
     if choice.needs_grid and 1 not in choice.grid_axes:
         raise RetrofitError(
-            f"{site.path}: {name_of(choice)} needs a grid of {' or '.join(map(str, sorted(choice.grid_axes)))} axes, and a "
-            "model's attention does not say what space lies behind its tokens."
+            f"{site.path}: {name_of(choice)} needs a grid of {' or '.join(map(str, sorted(choice.grid_axes)))} axes, "
+            "and a model's attention does not say what space lies behind its tokens."
         )
     return choice
 

@@ -149,8 +149,8 @@ def _multihead_forward(
     own = partial(respond, switch.site, Replacement(None, _FULL), call, need_weights)
     if need_weights and switch.replacement is not None and not switch.replacement.mechanism.value_linear:
         raise RetrofitError(
-            f"{switch.site.path}: {name_of(switch.replacement.mechanism)} implies no attention weights; call the module "
-            "with need_weights=False."
+            f"{switch.site.path}: {name_of(switch.replacement.mechanism)} implies no attention weights; call "
+            "the module with need_weights=False."
         )
     heads, weights = switch.run(call, own, need_weights)
     output = F.linear(heads.flatten(2), module.out_proj.weight, module.out_proj.bias)

@@ -377,8 +377,8 @@ def _strict(
 
 @register("routing_transformer")
 class RoutingTransformerAttention(Mechanism):
-    """clusters: centroids a head, by default ``round(sqrt(length))`` for the ``length`` that is expected. window: tokens
-    a cluster takes, by default the actual length over ``clusters``.
+    """clusters: centroids a head, by default ``round(sqrt(length))`` for the ``length`` that is expected. window:
+    tokens a cluster takes, by default the actual length over ``clusters``.
 
     decay: of the centroids' moving average, which runs at each call in training mode (as batch norm's statistics do).
     strict, arithmetic, count_eps, shared_qk: as in :func:`routing_attention`. Untrained centroids are random points,

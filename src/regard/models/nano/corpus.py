@@ -15,6 +15,8 @@ from typing import Literal, get_args
 
 from regard.errors import OptionError
 
+__all__ = ["Module", "Split", "read_corpus", "split_of"]
+
 Split = Literal["train", "held_out"]
 
 HELD_OUT_PERCENT = 8

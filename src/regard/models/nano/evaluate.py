@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM
 
+__all__ = ["Bigram", "bits_per_byte", "evaluate", "main", "table", "window_nats", "xz_bits"]
+
 WINDOW = 2048
 SHORT_WINDOW = 256
 BUCKETS = ((0, 256), (256, 512), (512, 1024), (1024, 2048))

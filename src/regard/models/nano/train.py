@@ -36,6 +36,22 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM
 
+__all__ = [
+    "Muon",
+    "Plan",
+    "Run",
+    "Shape",
+    "Windows",
+    "cut",
+    "encode",
+    "main",
+    "new_model",
+    "orthogonalise",
+    "token_bytes",
+    "token_losses",
+    "train_tokenizer",
+]
+
 WEIGHTS_LIMIT = 8_000_000
 """Bytes the exported safetensors file may take."""
 
