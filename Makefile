@@ -30,7 +30,7 @@ $(INSTALLED_BENCH): $(INSTALLED)
 	touch $@
 
 demo: $(INSTALLED)  ## compare the training-free mechanisms on the embedded model; report in runs/demo
-	$(BIN)/regard compare --length 2048 --out runs/demo
+	$(BIN)/regard compare --training-free --length 2048 --out runs/demo
 
 # Two processes of one thread each: on two cores, more threads than that slow one another down.
 test: $(INSTALLED)  ## ruff, mypy and pytest

@@ -170,7 +170,8 @@ def reproduce_command(keys: tuple[str, ...], out: Path | None) -> None:
 @main.command("compare")
 @click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")
 @click.option("--text", help="File or folder of text [default: held-out source of the standard library].")
-@click.option("--mechanisms", help="Comma-separated names [default: all that need no training].")
+@click.option("--mechanisms", help="Comma-separated names [default: all].")
+@click.option("--training-free", is_flag=True, help="By default only those that a trained model can be given as it is.")
 @click.option("--length", default=2048, show_default=True, help="Tokens in a window of text.")
 @click.option("--windows", default=8, show_default=True, help="Windows of text.")
 @click.option("--option", "settings", multiple=True, metavar="KEY.NAME=VALUE", help="e.g. moba.top_k=4")
@@ -182,6 +183,7 @@ def compare_command(
     model: str,
     text: str | None,
     mechanisms: str | None,
+    training_free: bool,
     length: int,
     windows: int,
     settings: tuple[str, ...],
@@ -203,7 +205,11 @@ def compare_command(
             raise OptionError(f"--option {setting!r} names no mechanism: write KEY.NAME=VALUE, e.g. moba.top_k=4.")
         key, _, option = name.partition(".")
         options.setdefault(key, {})[option] = value
-    names = tuple(part.strip() for part in mechanisms.split(",")) if mechanisms else tuple(default_mechanisms())
+    names = (
+        tuple(part.strip() for part in mechanisms.split(","))
+        if mechanisms
+        else tuple(default_mechanisms(training_free))
+    )
     plan = Plan(model, text, names, length, windows, options, train)
     stopped = False
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:

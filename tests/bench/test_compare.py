@@ -130,10 +130,13 @@ def test_fine_tuning_trains_what_needs_training_and_only_the_twin(subject: Subje
     assert all(torch.equal(before[name], tensor) for name, tensor in subject.model.state_dict().items())
 
 
-def test_defaults_need_no_training_and_begin_with_full() -> None:
+def test_defaults_begin_with_full_and_what_needs_no_training() -> None:
     names = default_mechanisms()
-    assert names[0] == "full" and "sliding_window" in names
-    assert "cbam" not in names and "moba" not in names
+    assert names[0] == "full"
+    assert names.index("sliding_window") < names.index("moba") < names.index("swin")
+    assert "cbam" not in names
+    free = default_mechanisms(training_free=True)
+    assert "sliding_window" in free and not {"moba", "swin"} & set(free)
 
 
 def test_errors_teach(subject: Subject, text: str) -> None:

@@ -124,11 +124,15 @@ def applicable(name: str) -> str:
     return ""
 
 
-def default_mechanisms() -> list[str]:
-    """Every mechanism that a trained causal model can be given as it is, ``full`` first."""
-    names = [e.key for e in catalogue() if e.module and e.kind == "mechanism" and not applicable(e.key)]
-    free = [name for name in names if not get(name).needs_training]  # type: ignore[attr-defined]
-    return ["full", *(name for name in free if name != "full")]
+def default_mechanisms(training_free: bool = False) -> list[str]:
+    """Every mechanism on (query, key, value): ``full``, then those that need no training, then the others (left out
+    with ``training_free``), then those that cannot stand in a causal model (likewise)."""
+    ranked = []
+    for entry in catalogue("mechanism"):
+        if entry.module:
+            needs_training = bool(get(entry.key).needs_training)  # type: ignore[attr-defined]
+            ranked.append((bool(applicable(entry.key)), needs_training, entry.key != "full", entry.key))
+    return [name for refused, needs, _, name in sorted(ranked) if not (training_free and (refused or needs))]
 
 
 def compare(

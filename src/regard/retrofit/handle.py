@@ -114,7 +114,7 @@ def retrofit(
     try:
         chosen = [site for site, _ in plan]
         for switch in open_sites(model, sites, chosen, closing):
-            replacement = Replacement(closing, modules[switch.site.path], attention_dropout)
+            replacement = Replacement(modules[switch.site.path], attention_dropout)
             switch.replacements.append(replacement)
             closing.callback(switch.replacements.remove, replacement)
     except BaseException:
@@ -155,7 +155,8 @@ def _built(site: Site, choice: Any) -> Mechanism:
                 f"{name!r} is a {type(module).__name__} with its own projections, not a mechanism on (query, key, "
                 "value): it cannot take the place of a trained model's attention. `regard list` shows the kinds."
             )
-        like = next((p for p in _home(site).parameters() if p.is_floating_point()), None)
+        near = (parameter for home in (site.home, site.block) for parameter in home.parameters())
+        like = next((parameter for parameter in near if parameter.is_floating_point()), None)
         if like is not None:
             module.to(device=like.device, dtype=like.dtype)
         module.train(site.module.training)
@@ -170,10 +171,6 @@ def _built(site: Site, choice: Any) -> Mechanism:
     return choice
 
 
-def _home(site: Site) -> nn.Module:
-    return site.parent if site.host == "regard" and site.parent is not None else site.module
-
-
 def open_sites(
     model: nn.Module, sites: Sequence[Site], chosen: Sequence[Site], closing: ExitStack, watching: bool = False
 ) -> list[Switch]:
@@ -182,13 +179,13 @@ def open_sites(
     sites: all of the model. watching: the chosen are only looked at and keep whoever answers them.
     """
     paths = {site.path for site in chosen}
-    huggers = [site for site in sites if site.host == "transformers"]
-    if any(site.path in paths for site in huggers):
+    reached = [site for site in sites if site.host == "transformers"]
+    if any(site.path in paths for site in reached):
         # All of a model's layers: those not chosen are then known to keep the model's own attention.
-        for site in huggers:
+        for site in reached:
             _take_switch(site, closing)
-        left = [site for site in huggers if watching or site.path not in paths]
-        huggingface.open_model(model, huggers, left, closing)
+        left = [site for site in reached if watching or site.path not in paths]
+        huggingface.open_model(model, reached, left, closing)
     for site in chosen:
         if site.host == "transformers":
             continue

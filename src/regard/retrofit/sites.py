@@ -47,9 +47,14 @@ class Site:
     num_layers: int
 
     @property
+    def home(self) -> nn.Module:
+        """The module that holds the projections."""
+        return self.parent if self.host == "regard" and self.parent is not None else self.module
+
+    @property
     def context(self) -> dict[str, int]:
         """What a mechanism's constructor may ask of the model."""
-        module = self.parent if self.host == "regard" and self.parent is not None else self.module
+        module = self.home
         sources = [module, getattr(module, "config", None)]
         heads = _first_int(sources, _HEADS)
         embed_dim = _first_int(sources, _EMBED_DIM)

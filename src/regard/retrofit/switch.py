@@ -23,7 +23,18 @@ from regard.mechanism import Mechanism
 from regard.retrofit.reading import Reading
 from regard.retrofit.sites import Site
 
-__all__ = ["Call", "DropoutPolicy", "Observer", "Patches", "Replacement", "Switch", "name_of", "respond", "switches"]
+__all__ = [
+    "Call",
+    "DropoutPolicy",
+    "Observer",
+    "Patches",
+    "Replacement",
+    "Switch",
+    "implied_weights",
+    "name_of",
+    "respond",
+    "switches",
+]
 
 DropoutPolicy = Literal["auto", "weights", "off"]
 
@@ -73,7 +84,6 @@ class Observer(Protocol):
 class Replacement:
     """A mechanism in a layer's place."""
 
-    owner: object
     mechanism: Mechanism
     dropout: DropoutPolicy = "auto"
 
@@ -92,10 +102,18 @@ class Switch:
         return self.replacements[-1] if self.replacements else None
 
     def run(
-        self, call: Call, own: Callable[[], tuple[Tensor, Tensor | None]], want_weights: bool = False
+        self,
+        call: Call,
+        own: Callable[[], tuple[Tensor, Tensor | None]],
+        want_weights: bool = False,
+        own_weights: Callable[[], Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Answer a call. ``own``: the model's own attention. Returns ``(batch, q_len, num_heads, value_dim)`` and,
-        where wanted or given by the model's own, the weights ``(batch, num_heads, q_len, k_len)``."""
+        """Answer a call. Returns ``(batch, q_len, num_heads, value_dim)`` and, where wanted or given by the model's own,
+        the weights ``(batch, num_heads, q_len, k_len)``.
+
+        own: the model's own attention. own_weights: what an observer is told if that gives no weights (by default those
+        of softmax attention).
+        """
         chosen = self.replacement
         if chosen is None:
             output, weights = own()
@@ -106,8 +124,8 @@ class Switch:
             if weights is not None:
                 return weights
             if chosen is None:
-                return call.softmax_weights()
-            return _implied(self.site, chosen.mechanism, call) if chosen.mechanism.value_linear else None
+                return call.softmax_weights() if own_weights is None else own_weights()
+            return implied_weights(self.site, chosen.mechanism, call)
 
         for observer in self.observers:
             observer.observe(self.site, call, output, implied)
@@ -144,8 +162,8 @@ def respond(site: Site, chosen: Replacement, call: Call, want_weights: bool) -> 
         output = weights @ value
         return output.transpose(1, 2).contiguous(), call.padded(weights) if want_weights else None
     output = _run(site, mechanism, call, mechanism, call.value)
-    weights_wanted = _implied(site, mechanism, call) if want_weights else None
-    return output.transpose(1, 2).contiguous(), weights_wanted
+    weights = _implied(site, mechanism, call) if want_weights else None
+    return output.transpose(1, 2).contiguous(), weights
 
 
 def _can_drop(mechanism: Mechanism, policy: DropoutPolicy) -> bool:
@@ -215,6 +233,11 @@ def _evaluating(mechanism: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+def implied_weights(site: Site, mechanism: Mechanism, call: Call) -> Tensor | None:
+    """A mechanism's weights for a call, None if it implies none."""
+    return _implied(site, mechanism, call) if mechanism.value_linear else None
+
+
 def _implied(site: Site, mechanism: Mechanism, call: Call) -> Tensor:
     with _evaluating(mechanism):
         return call.padded(_run(site, mechanism, call, mechanism.weights))
@@ -230,9 +253,9 @@ class Patches:
         self._held: dict[tuple[int, str], list[Any]] = {}
 
     def acquire(self, target: object, kind: str, apply: Callable[[], Callable[[], None]]) -> None:
-        held = self._held.setdefault((id(target), kind), [target, 0, None])
-        if held[1] == 0:
-            held[2] = apply()
+        held = self._held.get((id(target), kind))
+        if held is None:
+            held = self._held[id(target), kind] = [target, 0, apply()]
         held[1] += 1
 
     def release(self, target: object, kind: str) -> None:

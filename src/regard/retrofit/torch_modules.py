@@ -21,7 +21,7 @@ from regard.masks import Boolean, Mask
 from regard.mechanism import Mechanism
 from regard.retrofit.reading import Reading, read_mask
 from regard.retrofit.sites import Site
-from regard.retrofit.switch import Call, Patches, Replacement, name_of, respond, switches
+from regard.retrofit.switch import Call, Patches, Replacement, implied_weights, name_of, respond, switches
 
 __all__ = ["open_mechanism", "open_multihead"]
 
@@ -77,12 +77,11 @@ def _mechanism_forward(
 
     def own() -> tuple[Tensor, Tensor | None]:
         arguments: dict[str, Any] = {"causal": causal, "mask": mask, "grid": grid, "scale": scale}
-        output = own_forward(query, key, value, **arguments)
-        watched = bool(switch.observers) and module.value_linear
-        weights = module.weights(query, key, **arguments) if watched else None
-        return output.transpose(1, 2), weights
+        return own_forward(query, key, value, **arguments).transpose(1, 2), None
 
-    return switch.run(Call(query, key, value, lambda: reading, scale, 0.0, space), own)[0].transpose(1, 2)
+    call = Call(query, key, value, lambda: reading, scale, 0.0, space)
+    output, _ = switch.run(call, own, own_weights=partial(implied_weights, switch.site, module, call))
+    return output.transpose(1, 2)
 
 
 def open_multihead(site: Site, model: nn.Module, closing: ExitStack) -> None:
@@ -146,7 +145,7 @@ def _multihead_forward(
         return read_mask(mask, q.shape[2], k.shape[2], is_causal and mask is None)
 
     call = Call(q, k, v, read, dropout=module.dropout if module.training else 0.0)
-    own = partial(respond, switch.site, Replacement(None, _FULL), call, need_weights)
+    own = partial(respond, switch.site, Replacement(_FULL), call, need_weights)
     if need_weights and switch.replacement is not None and not switch.replacement.mechanism.value_linear:
         raise RetrofitError(
             f"{switch.site.path}: {name_of(switch.replacement.mechanism)} implies no attention weights; call "
