@@ -188,38 +188,49 @@ def check_gradient(module: nn.Module, *inputs: Tensor, **arguments: Any) -> None
 
 
 def check_low_precision(module: nn.Module, dtype: torch.dtype, *inputs: Tensor, **arguments: Any) -> None:
-    """The module in a coarser dtype agrees with float64 on the same rounded numbers.
+    """The module in a coarser dtype, forward and backward, agrees with float64 on the same rounded numbers.
 
-    An output may be off by a few roundings and, beyond that, by as much as the float64 form itself moves when inputs
-    and parameters move by a few roundings: a choice of keys that stands on a knife's edge shows as such a move, without
-    a word about how it chooses. At least half of all outputs must do without that second allowance.
+    A number may be off by four roundings of the largest and, beyond that, by as much as the float64 form itself moves
+    when inputs and parameters move by a few roundings: a choice of keys that stands on a knife's edge shows as such a
+    move, without a word about how it chooses. At least half of all numbers must do without that second allowance.
     """
     eps = torch.finfo(dtype).eps
     coarse = module.to(dtype)
     rounded = [tensor.to(dtype) for tensor in inputs]
-    with torch.no_grad():
-        actual: Tensor = coarse(*rounded, **arguments)
-        assert actual.dtype == dtype
-        fine = copy.deepcopy(coarse).double()
-        exact = [tensor.double() for tensor in rounded]
-        base: Tensor = fine(*exact, **arguments)
-        state = {name: tensor.clone() for name, tensor in fine.state_dict().items()}
-        moved = torch.zeros_like(base)
-        for trial in range(6):
+    fine = copy.deepcopy(coarse).double()
+    exact = [tensor.double() for tensor in rounded]
+    actual, base = _output_and_gradients(coarse, rounded, arguments), _output_and_gradients(fine, exact, arguments)
+    assert actual[0] is not None and actual[0].dtype == dtype
+    moved = [None if tensor is None else torch.zeros_like(tensor) for tensor in base]
+    state = {name: tensor.clone() for name, tensor in fine.state_dict().items()}
+    for trial in range(6):
+        with torch.no_grad():
             for index, parameter in enumerate(fine.parameters()):
                 parameter.mul_(1 + 4 * eps * draw(*parameter.shape, seed=1000 * trial + index))
-            near = [t * (1 + 4 * eps * draw(*t.shape, seed=-1000 * trial - i - 1)) for i, t in enumerate(exact)]
-            moved = torch.maximum(moved, (fine(*near, **arguments) - base).abs())
-            fine.load_state_dict(state)
-    error, size = (actual.double() - base).abs(), base.abs().amax().clamp_min(1e-3)
-    plain = 16 * eps * size + 16 * eps * base.abs()
-    beyond = error > plain + 4 * moved
-    assert not bool(beyond.any() | error.isnan().any()), (
-        f"{int(beyond.sum())} of {error.numel()} outputs are off by up to {float((error / size).max()):.3g} "
-        f"(relative), where {dtype} explains {float(((plain + 4 * moved) / size)[beyond].max()):.3g}"
-    )
-    close = float((error <= plain).double().mean())
-    assert close >= 0.5, f"only {close:.0%} of the outputs agree to {float((plain / size).max()):.2g}"
+        near = [t * (1 + 4 * eps * draw(*t.shape, seed=1000 * trial + 500 + i)) for i, t in enumerate(exact)]
+        other = _output_and_gradients(fine, near, arguments)
+        moved = [None if m is None else m.maximum((o - b).abs()) for m, o, b in zip(moved, other, base, strict=True)]  # type: ignore[operator]
+        fine.load_state_dict(state)
+    names = ["output", *(f"gradient of input {index}" for index in range(len(inputs)))]
+    for name, low, high, slack in zip(names, actual, base, moved, strict=True):
+        if low is None or high is None or slack is None:
+            continue
+        error, size = (low.double() - high).abs(), high.abs().amax().clamp_min(1e-3)
+        plain = 4 * eps * (size + high.abs())
+        beyond = ~(error <= plain + 4 * slack)
+        assert not bool(beyond.any()), (
+            f"{name}: {int(beyond.sum())} of {error.numel()} numbers are off by up to "
+            f"{float((error / size)[beyond].max()):.3g} of the largest, where {dtype} explains "
+            f"{float(((plain + 4 * slack) / size)[beyond].max()):.3g}"
+        )
+        close = float((error <= plain).double().mean())
+        assert close >= 0.5, f"{name}: only {close:.0%} of the numbers agree to {float((plain / size).max()):.2g}"
+
+
+def _output_and_gradients(module: nn.Module, inputs: list[Tensor], arguments: dict[str, Any]) -> list[Tensor | None]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output: Tensor = module(*leaves, **arguments)
+    return [output.detach(), *gradients(output, *leaves)]
 
 
 def masks_for(batch: int, q_len: int, k_len: int, support: str) -> dict[str, Mask | Tensor]:

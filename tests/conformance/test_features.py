@@ -98,6 +98,22 @@ def test_determinism(subject: Subject) -> None:
 
 
 @over("feature")
+def test_earlier_calls_leave_no_trace(subject: Subject) -> None:
+    """After other sizes and inference mode, numbers and gradients are those of a fresh instance."""
+    used, results = subject.build(), []
+    with torch.inference_mode():
+        for space in SPACES:
+            used(maps(subject, space, batch=1))
+    for module in (used, subject.build()):
+        x = maps(subject, grad=True)
+        out = module(x)
+        results.append((out, gradients(out, x)[0]))
+    for actual, expected in zip(*results, strict=True):
+        assert actual is not None and expected is not None
+        assert_same(actual, expected)
+
+
+@over("feature")
 def test_training_mode(subject: Subject) -> None:
     """Trains: finite gradients reach the input and most of the parameters."""
     module, x = subject.build(train=True), maps(subject, grad=True)

@@ -144,6 +144,25 @@ def test_determinism(subject: Subject) -> None:
 
 
 @over("layer")
+def test_earlier_calls_leave_no_trace(subject: Subject) -> None:
+    """After other lengths and inference mode, numbers and gradients are those of a fresh instance."""
+    used, fresh = subject.build(), subject.build()
+    with torch.inference_mode():
+        for length in (48, 37, 5):
+            for arguments in calls(subject, length):
+                used(tokens(length, batch=1), **arguments)
+    for arguments in calls(subject, 37):
+        results = []
+        for module in (used, fresh):
+            x = tokens(37, grad=True)
+            out = module(x, **arguments)
+            results.append((out, gradients(out, x)[0]))
+        for actual, expected in zip(*results, strict=True):
+            assert actual is not None and expected is not None
+            assert_same(actual, expected)
+
+
+@over("layer")
 def test_training_mode(subject: Subject) -> None:
     """Trains: finite gradients reach the input and most of the parameters."""
     for arguments in calls(subject, 37):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard.errors import BackendError
-from regard.kernels import current_backend, use_backend
+from regard.kernels import current_backend, dense_attention, linear_attention, use_backend
 from regard.kernels.backends import resolve
 
 
@@ -49,3 +49,25 @@ def test_attention_runs_the_asked_form(monkeypatch: pytest.MonkeyPatch) -> None:
     with regard.use_backend("reference"):
         regard.attention(x, x, x)
     assert calls == ["sdpa", "reference"]
+
+
+def test_one_graph_and_a_new_one_when_the_form_changes() -> None:
+    """torch.compile sees the choice of form: no graph break, and no stale choice."""
+    x, graphs = torch.randn(1, 2, 5, 4, dtype=torch.float64), []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda t: dense_attention(t, t, t, causal=True), backend=keep, fullgraph=True, dynamic=False
+    )
+    first = compiled(x)
+    with use_backend("reference"):
+        torch.testing.assert_close(compiled(x), first)
+    assert ["scaled_dot_product_attention" in code for code in graphs] == [True, False]
+    compiled = torch.compile(
+        lambda t: linear_attention(t, t, t, causal=True)[0], backend=keep, fullgraph=True, dynamic=False
+    )
+    torch.testing.assert_close(compiled(x), linear_attention(x, x, x, causal=True)[0])

@@ -454,24 +454,27 @@ def test_images_have_no_grid_of_their_own() -> None:
         regard.retrofit(vit(), Grids())
 
 
-def _every_mechanism() -> list[str]:
-    return [entry.key for entry in regard.catalogue("mechanism")]
+@pytest.fixture(scope="module")
+def decoder_and_encoder() -> tuple[Any, Any]:
+    return llama(), bert()
 
 
-@pytest.mark.parametrize("key", _every_mechanism())
-def test_every_mechanism_runs_in_a_decoder_or_an_encoder_or_says_why(key: str) -> None:
+@pytest.mark.parametrize("key", [entry.key for entry in regard.catalogue("mechanism")])
+def test_every_mechanism_runs_in_a_decoder_or_an_encoder_or_says_why(
+    key: str, decoder_and_encoder: tuple[Any, Any]
+) -> None:
     """Forward, with padding, cached decoding, captured: a result without NaN, or an error that names the layer."""
     ids, mask = tokens(2, 40), padding(2, 40, left=3)
     steps = torch.ones(1, 40, dtype=torch.long)
     ran = 0
-    for model in (llama(), bert()):
+    for model in decoder_and_encoder:
         before = output_of(model, input_ids=ids)
         calls: list[Any] = [
             lambda m: output_of(m, input_ids=ids),
             lambda m: output_of(m, input_ids=ids, attention_mask=mask),
         ]
         if model.can_generate():
-            calls.append(lambda m: m.generate(ids[:1], attention_mask=steps, max_new_tokens=3, do_sample=False).float())
+            calls.append(lambda m: m.generate(ids[:1], attention_mask=steps, max_new_tokens=2, do_sample=False).float())
         for call in calls:
             try:
                 with regard.retrofit(model, key, **regard.describe(key).example), regard.capture(model) as trace:

@@ -6,9 +6,12 @@ torch's fused kernel no scores are stored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from regard.kernels import dense_attention
+from regard.kernels import dense_attention, dense_weights
+from regard.masks import Mask
 from regard.mechanism import Mechanism, Request
 from regard.registry import register
 
@@ -33,3 +36,18 @@ class FullAttention(Mechanism):
             bias=request.bias,
             scale=request.scale,
         )
+
+    def weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        *,
+        causal: bool = False,
+        mask: Mask | Tensor | None = None,
+        grid: Sequence[int] | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """The softmax itself, which costs less than feeding the identity as values."""
+        request = self.request(query, key, key, causal, mask, grid, scale)
+        return dense_weights(query, key, causal=causal, mask=request.mask, bias=request.bias, scale=scale)

@@ -229,6 +229,7 @@ class MixtureOfHeads(Layer):
         shared, routed = _split(mha.num_heads, shared_frac, active_frac)
         has_bias = mha.in_proj_bias is not None
         layer = cls(mha.embed_dim, mha.num_heads, shared, routed, bias=has_bias, router="norm")
+        layer.to(mha.out_proj.weight.device, mha.out_proj.weight.dtype)
         with torch.no_grad():
             for linear, weight in zip((layer.query, layer.key, layer.value), mha.in_proj_weight.chunk(3), strict=True):
                 linear.weight.copy_(weight)
@@ -238,7 +239,7 @@ class MixtureOfHeads(Layer):
                 for linear, bias in zip((layer.query, layer.key, layer.value), biases, strict=True):
                     linear.bias.copy_(bias)
                 layer.out.bias.copy_(mha.out_proj.bias)
-        return layer.to(mha.out_proj.weight.device, mha.out_proj.weight.dtype).train(mha.training)
+        return layer.train(mha.training)
 
     def route(self, x: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gates ``(batch, length, num_heads)``, routing probabilities and mask ``(batch, length, routed)``."""

@@ -5,7 +5,7 @@ Each has one plain reference form and fast forms behind ``backend="auto"``; all 
 
 from regard.kernels.backends import current_backend, use_backend
 from regard.kernels.block_sparse import block_sparse_attention
-from regard.kernels.dense import dense_attention, masked_softmax
+from regard.kernels.dense import dense_attention, dense_weights, masked_softmax
 from regard.kernels.linear import LinearState, linear_attention, linear_step
 from regard.kernels.merge import merge_attentions
 from regard.kernels.shapes import accumulation_dtype, expand_groups, score_scale
@@ -17,6 +17,7 @@ __all__ = [
     "block_sparse_attention",
     "current_backend",
     "dense_attention",
+    "dense_weights",
     "expand_groups",
     "linear_attention",
     "linear_step",

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from regard.errors import BackendError
 
 __all__ = ["current_backend", "resolve", "use_backend"]
 
-_current: ContextVar[str] = ContextVar("regard_backend", default="auto")
+# A plain global, since torch.compile can read one, and compiles anew when it changes. All forms give the same numbers,
+# so that a thread that meets another's choice loses no more than speed.
+_current = "auto"
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every kernel inside with this form where it has it, e.g. ``"reference"``; others keep ``"auto"``."""
-    token = _current.set(name)
+    """Run every kernel inside with this form where it has it, e.g. ``"reference"``; others keep ``"auto"``.
+
+    It holds for the whole process.
+    """
+    global _current
+    before, _current = _current, name
     try:
         yield
     finally:
-        _current.reset(token)
+        _current = before
 
 
 def current_backend() -> str:
     """The name that :func:`use_backend` set, else ``"auto"``."""
-    return _current.get()
+    return _current
 
 
 def resolve(kernel: str, requested: str | None, forms: Sequence[str]) -> str:

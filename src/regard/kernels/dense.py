@@ -17,7 +17,7 @@ from regard.kernels.backends import resolve
 from regard.kernels.shapes import accumulation_dtype, expand_groups, score_scale
 from regard.masks import Causal, Mask
 
-__all__ = ["dense_attention", "masked_softmax"]
+__all__ = ["dense_attention", "dense_weights", "masked_softmax"]
 
 FORMS = ("reference", "sdpa")
 
@@ -94,6 +94,27 @@ def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
     return scores.masked_fill(~(visible | ~seen), float("-inf")).softmax(-1) * seen
 
 
+def dense_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    causal: bool = False,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The attention matrix of :func:`dense_attention`, ``(batch, num_heads, q_len, k_len)``."""
+    scores = _scores(query, key, bias, scale)
+    return masked_softmax(scores, _visible(query, key, causal, mask)).to(query.dtype)
+
+
+def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    work = accumulation_dtype(query.dtype)
+    keys = expand_groups(key, query.shape[1]).to(work)
+    scores = (query.to(work) * score_scale(query, scale)) @ keys.transpose(-1, -2)
+    return scores if bias is None else scores + bias.to(work)
+
+
 def _reference(
     query: Tensor,
     key: Tensor,
@@ -104,13 +125,9 @@ def _reference(
     scale: float | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    work, heads = accumulation_dtype(query.dtype), query.shape[1]
-    q = query.to(work) * score_scale(query, scale)
-    k, v = expand_groups(key, heads).to(work), expand_groups(value, heads).to(work)
-    scores = q @ k.transpose(-1, -2)
-    if bias is not None:
-        scores = scores + bias.to(work)
+    scores = _scores(query, key, bias, scale)
     visible = _visible(query, key, causal, mask)
+    v = expand_groups(value, query.shape[1]).to(scores.dtype)
     out = (masked_softmax(scores, visible) @ v).to(query.dtype)
     if not return_lse:
         return out
@@ -144,7 +161,14 @@ def _sdpa(
             attn_mask = torch.where(visible, attn_mask, float("-inf"))
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*torch.broadcast_shapes(attn_mask.shape, (1, 1, q_len, k_len)))
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    width = max(head_dim, value_dim)
+    if not query.is_cuda and head_dim != value_dim and width <= 2 * min(head_dim, value_dim):
+        # The fused CPU kernel needs equal widths; else torch would store all scores.
+        scale = score_scale(query, scale)
+        query, key = F.pad(query, (0, width - head_dim)), F.pad(key, (0, width - head_dim))
+        value = F.pad(value, (0, width - value_dim))
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, is_causal=own_causal, scale=scale, enable_gqa=gqa
-    )
+    )[..., :value_dim]
     return out if empty is None else out.masked_fill(empty, 0)

@@ -60,11 +60,12 @@ inline vec exp2v(vec x) {
 
 // c[R x PANEL] (+)= a[R x depth] b[depth x PANEL].
 template <int R>
-inline void tile(bool add, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b, float* c, int64_t ldc) {
+inline void tile(bool add, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row, float* c,
+                 int64_t ldc) {
   vec low[R], high[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) low[r] = high[r] = vec{};
-  for (int64_t k = 0; k < depth; ++k, b += PANEL, a += a_depth) {
+  for (int64_t k = 0; k < depth; ++k, b += b_row, a += a_depth) {
     const vec b0 = load(b), b1 = load(b + LANES);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -82,21 +83,28 @@ inline void tile(bool add, int64_t depth, const float* a, int64_t a_row, int64_t
 }
 
 template <int R>
-void some_rows(int64_t rows, bool add, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b, float* c,
-               int64_t ldc) {
-  if (rows == R) tile<R>(add, depth, a, a_row, a_depth, b, c, ldc);
-  else if constexpr (R > 1) some_rows<R - 1>(rows, add, depth, a, a_row, a_depth, b, c, ldc);
+void some_rows(int64_t rows, bool add, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, const float* b, int64_t b_row,
+               float* c, int64_t ldc) {
+  if (rows == R) tile<R>(add, depth, a, a_row, a_depth, b, b_row, c, ldc);
+  else if constexpr (R > 1) some_rows<R - 1>(rows, add, depth, a, a_row, a_depth, b, b_row, c, ldc);
 }
 
-// c[rows x columns] (+)= a[rows x depth] b, with b in panels that lie `b_panel` floats apart. All columns of the last panel
-// are written.
-void product(bool add, int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
-             const float* b, int64_t b_panel, float* c, int64_t ldc) {
-  for (int64_t n = 0; n < columns; n += PANEL, b += b_panel) {
+// A matrix for the right side of a product: panels of PANEL columns that lie `panel` floats apart, their rows `row` apart.
+struct Right {
+  const float* at;
+  int64_t row, panel;
+  Right from(int64_t first) const { return {at + first * row, row, panel}; }
+};
+
+// c[rows x columns] (+)= a[rows x depth] b. All columns of the last panel are written.
+void product(bool add, int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row, int64_t a_depth, Right right,
+             float* c, int64_t ldc) {
+  const float* b = right.at;
+  for (int64_t n = 0; n < columns; n += PANEL, b += right.panel) {
     for (int64_t r = 0, left = rows; left;) {
       // A tile of few rows cannot keep the arithmetic units busy, so the last two share what is left.
       const int64_t now = left <= ROWS ? left : left < ROWS + ROWS / 2 + 1 ? (left + 1) / 2 : ROWS;
-      some_rows<ROWS>(now, add, depth, a + r * a_row, a_row, a_depth, b, c + r * ldc + n, ldc);
+      some_rows<ROWS>(now, add, depth, a + r * a_row, a_row, a_depth, b, right.row, c + r * ldc + n, ldc);
       r += now, left -= now;
     }
   }
@@ -202,6 +210,11 @@ struct Layout : Problem {
   int64_t list(int64_t b, int64_t h, int64_t block) const {
     return ((list_batch == 1 ? 0 : b) * list_heads + (list_heads == 1 ? 0 : h)) * q_blocks + block;
   }
+  // A block of keys or values by rows: where they stand if whole panels fit, else in packed form.
+  Right rows_of(const float* from, int64_t lane, int64_t block, int64_t width) const {
+    if (width % PANEL == 0) return {from + (lane * k_len + block * block_k) * width, width, PANEL};
+    return {from + (lane * k_blocks + block) * round_up(width, PANEL) * block_k, PANEL, block_k * PANEL};
+  }
   const uint8_t* mask(int64_t entry) const {
     return tiles[entry] < 0 ? nullptr : visible + tiles[entry] * block_q * block_k;
   }
@@ -238,14 +251,15 @@ struct Forward : Layout {
   }
 
   struct Piece {
-    const float *key, *value;
+    const float* key;
+    Right value;
     const uint8_t* mask;
     int64_t columns, at;
   };
 
   void run(int64_t head, int64_t block, int64_t row, int64_t rows, ForwardScratch& s) const {
     const int64_t b = head / heads, h = head % heads, lane = b * kv_heads + h / (heads / kv_heads), place = list(b, h, block);
-    const int64_t key_size = round_up(block_k, PANEL) * dim, value_size = wide * block_k;
+    const int64_t key_size = round_up(block_k, PANEL) * dim;
     const float factor = scale * LOG2E;
     const float* q = query + (head * q_len + row) * dim;
     for (int64_t i = 0; i < rows * dim; ++i) s.query[i] = q[i] * factor;
@@ -257,12 +271,12 @@ struct Forward : Layout {
     for (int64_t entry = starts[place]; entry < starts[place + 1]; ++entry) {
       const int64_t column = columns[entry], size = std::min(block_k, k_len - column * block_k);
       const float* key = keys + (lane * k_blocks + column) * key_size;
-      const float* value = values + (lane * k_blocks + column) * value_size;
+      const Right value = rows_of(values, lane, column, value_dim);
       const uint8_t* hide = mask(entry);
       if (hide) hide += (row - block * block_q) * block_k;
       for (int64_t from = 0; from < size; from += FORWARD_COLUMNS) {
         const int64_t part = std::min(FORWARD_COLUMNS, size - from);
-        pieces[count++] = {key + from * dim, value + from * PANEL, hide ? hide + from : nullptr, part, width};
+        pieces[count++] = {key + from * dim, value.from(from), hide ? hide + from : nullptr, part, width};
         width += round_up(part, PANEL);
         if (width >= FORWARD_COLUMNS) flush(pieces, count, width, rows, s), count = width = 0;
       }
@@ -282,7 +296,7 @@ struct Forward : Layout {
       const Piece& p = pieces[n];
       const int64_t full = round_up(p.columns, PANEL);
       float* at = scores + p.at;
-      product(false, rows, full, dim, s.query.data(), dim, 1, p.key, dim * PANEL, at, score_stride);
+      product(false, rows, full, dim, s.query.data(), dim, 1, {p.key, PANEL, dim * PANEL}, at, score_stride);
       for (int64_t i = 0; i < rows && (p.mask || full > p.columns); ++i) {
         float* line = at + i * score_stride;
         if (p.mask) {
@@ -324,7 +338,7 @@ struct Forward : Layout {
     }
     for (int64_t n = 0; n < count; ++n) {
       const Piece& p = pieces[n];
-      product(true, rows, wide, p.columns, scores + p.at, score_stride, 1, p.value, block_k * PANEL, s.out.data(), wide);
+      product(true, rows, wide, p.columns, scores + p.at, score_stride, 1, p.value, s.out.data(), wide);
     }
   }
 };
@@ -399,9 +413,9 @@ struct Backward : Layout {
       for (int64_t from = 0; from < size; from += BACKWARD_COLUMNS) {
         const int64_t part = std::min(BACKWARD_COLUMNS, size - from), full = round_up(part, PANEL);
         float *p = s.scores.data(), *d = s.slopes.data();
-        product(false, rows, full, dim, s.query.data(), dim, 1, keys_across + at * key_size + from * dim, dim * PANEL, p, columns_most);
-        product(false, rows, full, value_dim, g, value_dim, 1, values_across + at * value_size + from * value_dim,
-                value_dim * PANEL, d, columns_most);
+        product(false, rows, full, dim, s.query.data(), dim, 1, {keys_across + at * key_size + from * dim, PANEL, dim * PANEL}, p, columns_most);
+        product(false, rows, full, value_dim, g, value_dim, 1,
+                {values_across + at * value_size + from * value_dim, PANEL, value_dim * PANEL}, d, columns_most);
         for (int64_t i = 0; i < rows; ++i) {
           float *pi = p + i * columns_most, *di = d + i * columns_most;
           const vec top = splat(s.top[i]), delta = splat(s.delta[i]);
@@ -412,12 +426,11 @@ struct Backward : Layout {
           }
           for (int64_t j = 0; j < full; j += LANES) store(di + j, load(pi + j) * (load(di + j) - delta));
         }
-        product(true, part, value_wide, rows, p, 1, columns_most, s.grad_panels.data(), rows * PANEL,
+        product(true, part, value_wide, rows, p, 1, columns_most, {s.grad_panels.data(), PANEL, rows * PANEL},
                 grad_values + (sums * block_k + from) * value_wide, value_wide);
-        product(true, part, wide, rows, d, 1, columns_most, s.query_panels.data(), rows * PANEL,
+        product(true, part, wide, rows, d, 1, columns_most, {s.query_panels.data(), PANEL, rows * PANEL},
                 grad_keys + (sums * block_k + from) * wide, wide);
-        product(true, rows, wide, part, d, columns_most, 1, keys + at * wide * block_k + from * PANEL, block_k * PANEL,
-                s.grad_query.data(), wide);
+        product(true, rows, wide, part, d, columns_most, 1, rows_of(keys, lane, column, dim).from(from), s.grad_query.data(), wide);
       }
     }
     float* gq = grad_query + first * dim;
@@ -428,13 +441,13 @@ struct Backward : Layout {
 
 } // namespace
 
-// keys: packed transposed; values: packed by rows.
+// keys: packed transposed; values: as they are where whole panels fit their width, else packed by rows.
 void regard_block_forward(const Problem* problem, const float* query, const float* keys, const float* values, float* out, float* lse) {
   const Forward work(*problem, query, keys, values, out, lse);
   in_parallel(work.threads, work.batch * work.heads * (work.last_block - work.first_block), work);
 }
 
-// keys_across, values_across: packed transposed; keys: packed by rows. grad_keys (shares, lanes, blocks, block_k, dim filled up
+// keys_across, values_across: packed transposed; keys: as values above. grad_keys (shares, lanes, blocks, block_k, dim filled up
 // to panels) and grad_values are added to; grad_keys still lacks the scale.
 void regard_block_backward(const Problem* problem, int64_t shares, const float* query, const float* keys_across,
                            const float* values_across, const float* keys, const float* out, const float* lse, const float* grad_out,

@@ -228,8 +228,11 @@ def backward(
 
 
 def _packed(library: ctypes.CDLL, tensor: Tensor, block: int, transposed: bool) -> Tensor:
+    """The blocks of keys or values in the order in which products read them (see ``native.cpp``)."""
     batch, heads, length, width = tensor.shape
     panel = library.regard_panel()
+    if not transposed and width % panel == 0:
+        return tensor
     size = -(-block // panel) * panel * width if transposed else -(-width // panel) * panel * block
     packed = tensor.new_empty(batch * heads * -(-length // block) * size)
     library.regard_pack(

@@ -31,6 +31,8 @@ FORMS = ("reference", "gather", "native", "flex", "fused")
 
 # Gathered keys of one group stay below this many elements.
 _GROUP = 1 << 20
+# Bytes of kept masks above which the general executor, which keeps fewer, runs the layout.
+_KEPT = 1 << 27
 
 
 @overload
@@ -72,8 +74,8 @@ def shared_block_attention(
     fits = _fits(query, key, value, layout, return_lse)
     if form == "fused" and not fits:
         raise BackendError(
-            "The fused form needs CPU tensors, a layout shared by all sequences and heads, values as wide as the keys, "
-            "and no gradient of the log-sum-exp; use backend='auto'."
+            "The fused form needs CPU tensors, a layout shared by all sequences and heads whose masks are few enough to "
+            "keep, values as wide as the keys, and no gradient of the log-sum-exp; use backend='auto'."
         )
     if form == "auto" and fits:
         fits = not native.worthwhile(query, value, layout)
@@ -87,7 +89,15 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, return
     shared = layout.visit.shape[:2] == (1, 1) and layout.mask.batch == layout.mask.heads == 1
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     same = layout.q_len == query.shape[2] and layout.k_len == key.shape[2] and query.shape[3] == value.shape[3] > 0
-    return query.device.type == "cpu" and shared and same and not (return_lse and tracked)
+    return query.device.type == "cpu" and shared and same and not (return_lse and tracked) and _small(layout)
+
+
+def _small(layout: BlockLayout) -> bool:
+    """Whether the masks of this layout are few enough to keep."""
+    if layout in _plans:
+        return True
+    masked = layout.visit.sum(-1) * layout.partial.any(-1)
+    return int(masked.sum()) * layout.block_q * layout.block_k <= _KEPT
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class WindowPlan:
     def apply(self, x: Tensor) -> Tensor:
         """``(batch, heads, length, dim)`` -> ``(batch * windows, heads, n, dim)``; filling is zeros."""
         batch, heads, _, dim = x.shape
-        taken = x[:, :, self.token.flatten()]
+        taken = x.index_select(2, self.token.flatten())
         if not bool(self.valid.all()):
             taken = taken.masked_fill(~self.valid.flatten()[:, None], 0)
         return taken.view(batch, heads, *self.token.shape, dim).transpose(1, 2).flatten(0, 1)
@@ -112,7 +112,7 @@ class WindowPlan:
         """``(batch * windows, heads, n, dim)`` -> ``(batch, heads, length, dim)``."""
         heads, dim = windows.shape[1], windows.shape[-1]
         x = windows.view(-1, len(self.token), *windows.shape[1:]).transpose(1, 2)
-        return x.reshape(len(x), heads, -1, dim)[:, :, self.inverse]
+        return x.reshape(len(x), heads, -1, dim).index_select(2, self.inverse)
 
 
 @torch.compiler.disable

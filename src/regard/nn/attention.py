@@ -62,6 +62,8 @@ class MultiHeadAttention(nn.Module):
         self.out = nn.Linear(width, embed_dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
         if isinstance(mechanism, str):
+            if not issubclass(get(mechanism), Mechanism):
+                raise OptionError(f"{mechanism!r} brings its own projections; use regard.nn.make_attention for it.")
             built = build(
                 mechanism,
                 options,
@@ -71,9 +73,7 @@ class MultiHeadAttention(nn.Module):
                 layer_index=layer_index,
                 num_layers=num_layers,
             )
-            if not isinstance(built, Mechanism):
-                raise OptionError(f"{mechanism!r} brings its own projections; use regard.nn.make_attention for it.")
-            mechanism = built
+            mechanism = cast(Mechanism, built)
         elif options:
             raise OptionError(
                 f"Options {sorted(options)} belong to a mechanism's name; the one passed is built already."
@@ -99,7 +99,7 @@ class MultiHeadAttention(nn.Module):
             bias=module.in_proj_bias is not None,
             dropout=0.0,
             **options,
-        )
+        ).to(module.out_proj.weight.device, module.out_proj.weight.dtype)
         if module.in_proj_weight is not None:
             weights = module.in_proj_weight.chunk(3)
         else:
@@ -113,7 +113,7 @@ class MultiHeadAttention(nn.Module):
             host.out.weight.copy_(module.out_proj.weight)
             if module.out_proj.bias is not None:
                 host.out.bias.copy_(module.out_proj.bias)
-        return host.to(module.out_proj.weight.device, module.out_proj.weight.dtype).train(module.training)
+        return host.train(module.training)
 
     def project(
         self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None

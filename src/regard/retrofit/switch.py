@@ -108,8 +108,8 @@ class Switch:
         want_weights: bool = False,
         own_weights: Callable[[], Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Answer a call. Returns ``(batch, q_len, num_heads, value_dim)`` and, where wanted or given by the model's own,
-        the weights ``(batch, num_heads, q_len, k_len)``.
+        """Answer a call. Returns ``(batch, q_len, num_heads, value_dim)`` and, where wanted or given by the model's
+        own, the weights ``(batch, num_heads, q_len, k_len)``.
 
         own: the model's own attention. own_weights: what an observer is told if that gives no weights (by default those
         of softmax attention).
@@ -162,8 +162,7 @@ def respond(site: Site, chosen: Replacement, call: Call, want_weights: bool) -> 
         output = weights @ value
         return output.transpose(1, 2).contiguous(), call.padded(weights) if want_weights else None
     output = _run(site, mechanism, call, mechanism, call.value)
-    weights = _implied(site, mechanism, call) if want_weights else None
-    return output.transpose(1, 2).contiguous(), weights
+    return output.transpose(1, 2).contiguous(), _implied(site, mechanism, call) if want_weights else None
 
 
 def _can_drop(mechanism: Mechanism, policy: DropoutPolicy) -> bool:

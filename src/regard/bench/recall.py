@@ -1,0 +1,60 @@
+"""Associative recall in one hop: keys come with their values on one token, so that a single attention layer can answer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.errors import OptionError
+
+__all__ = ["PairedRecall"]
+
+IGNORED = -100
+
+
+class PairedRecall:
+    """Multi-query recall with key and value on the same token.
+
+    Inputs ``(batch, length, input_dim)``: ``pairs`` memory tokens ``[key | value | 0]`` at random places of the first
+    ``memory`` tokens, later each key again as a query token ``[key | 0 | 1]`` at a random place, noise of size ``noise``
+    everywhere. Targets: the value at a query token, ignored elsewhere. In split ``"far"`` (and ``"test"``) queries stand
+    in the last half of the sequence, in ``"train"`` anywhere behind the memory.
+    """
+
+    def __init__(
+        self, length: int = 256, pairs: int = 8, keys: int = 16, values: int = 16, memory: int = 64, noise: float = 0.1
+    ) -> None:
+        if pairs > min(keys, memory) or memory + pairs > length // 2:
+            raise OptionError(f"{pairs} pairs of {keys} keys in {memory} tokens do not fit a length of {length}.")
+        self.length, self.pairs, self.keys, self.values, self.memory = length, pairs, keys, values, memory
+        self.noise = noise
+        self.num_classes, self.input_dim = values, keys + values + 1
+
+    def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
+        """``size`` sequences and their targets."""
+
+        def draw(count: int, chosen: int) -> Tensor:
+            return torch.rand(size, count, generator=generator).argsort(-1)[:, :chosen]
+
+        first = self.memory if split == "train" else self.length // 2
+        keys = F.one_hot(draw(self.keys, self.pairs), self.keys).float()
+        answers = torch.randint(self.values, (size, self.pairs), generator=generator)
+        values, nothing = F.one_hot(answers, self.values).float(), torch.zeros(size, self.pairs, 1)
+        stored = torch.cat((keys, values, nothing), -1)
+        asked = torch.cat((keys, torch.zeros_like(values), nothing + 1), -1)
+        inputs = self.noise * torch.randn(size, self.length, self.input_dim, generator=generator)
+        places = draw(self.length - first, self.pairs) + first
+        for at, tokens in ((draw(self.memory, self.pairs), stored), (places, asked)):
+            inputs.scatter_add_(1, at[..., None].expand(-1, -1, self.input_dim), tokens)
+        targets = torch.full((size, self.length), IGNORED).scatter_(1, places, answers)
+        return inputs, targets
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy at the query tokens, in nats."""
+        return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> tuple[float, int]:
+        """Right answers, and their number."""
+        counted = targets != IGNORED
+        return float((outputs.argmax(-1) == targets)[counted].sum()), int(counted.sum())

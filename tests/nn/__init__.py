@@ -1,0 +1,1 @@
+"""The hosts against torch's own modules."""
