@@ -1,7 +1,7 @@
 """``python -m benchmarks [--only NAME ...] [--quick] [--out FILE.json]``: one table of ratios measured side by side.
 
-Calls that are compared run in turn, round after round, and the median of the ratios counts, so that the table holds on a
-busy machine. Without ``--quick`` the results are also written to ``docs/benchmarks.md``.
+Calls that are compared run in turn, round after round, and the median of the ratios counts, so that the table holds on
+a busy machine. Without ``--quick`` the results are also written to ``docs/benchmarks.md``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import Row
 from regard.kernels.native import status
 
 NAMES = ("dense", "neighborhood", "linear", "memory", "selection", "block_sparse")
@@ -30,8 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", action="append", choices=NAMES, metavar="NAME", help=f"one of {', '.join(NAMES)}; repeatable")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run, not how fast it is")
+    parser.add_argument(
+        "--only", action="append", choices=NAMES, metavar="NAME", help=f"one of {', '.join(NAMES)}; repeatable"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes and few rounds: does it run, not how fast it is"
+    )
     parser.add_argument("--out", type=Path, help="where the JSON goes; results of other benchmarks in it are kept")
     options = parser.parse_args(arguments)
     out = options.out or ROOT / "runs" / ("benchmarks-quick.json" if options.quick else "benchmarks.json")
@@ -39,7 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     kept = json.loads(out.read_text()) if options.only and out.exists() else {}
     for name in options.only or NAMES:
         rows = importlib.import_module(f"benchmarks.{name}").run(_progress, options.quick)
-        kept[name] = {**_surroundings(), "command": command, "rows": [{**asdict(row), "reached": row.reached} for row in rows]}
+        kept[name] = {
+            **_surroundings(),
+            "command": command,
+            "rows": [{**asdict(row), "reached": row.reached} for row in rows],
+        }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(kept, indent=1) + "\n")
     ordered = {name: kept[name] for name in NAMES if name in kept}
@@ -81,7 +88,9 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
     instructions = torch.backends.cpu.get_cpu_capability()
     return f"{name}, {os.cpu_count()} cores, {instructions}"
 
@@ -99,27 +108,37 @@ HEADER = ["name", "measured", "target", "reached", "note"]
 def _table(results: dict[str, Any]) -> str:
     lines = [HEADER, *(_cells(row) for part in results.values() for row in part["rows"])]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def _page(results: dict[str, Any]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python -m benchmarks` (`make bench`); no figure is typed by hand. All figures are ratios of calls that ran",
-        "in turn in one run, medians over the rounds: float32, one sequence, heads of 64 channels. *Of the ideal* is the time",
-        "of dense non-causal SDPA on the same shape times the share of blocks computed, divided by the time taken; 1 means that",
-        "sparsity costs nothing. A backward ideal is SDPA's own forward + backward.",
+        "Written by `python -m benchmarks` (`make bench`); no figure is typed by hand. All figures are ratios of calls",
+        "that ran in turn in one run, medians over the rounds: float32, one sequence, heads of 64 channels. *Of the",
+        "ideal* is the time of dense non-causal SDPA on the same shape times the share of blocks computed, divided by",
+        "the time taken; 1 means that sparsity costs nothing. A backward ideal is SDPA's own forward + backward.",
     ]
     for name, part in results.items():
         versions = ", ".join(f"{package} {number}" for package, number in part["versions"].items() if number)
         title = (importlib.import_module(f"benchmarks.{name}").__doc__ or name).split("\n")[0]
-        lines += ["", f"## {name.replace('_', '-')}", "", title, "", "| " + " | ".join(HEADER) + " |", "|" + " --- |" * len(HEADER)]
+        lines += [
+            "",
+            f"## {name.replace('_', '-')}",
+            "",
+            title,
+            "",
+            "| " + " | ".join(HEADER) + " |",
+            "|" + " --- |" * len(HEADER),
+        ]
         lines += ["| " + " | ".join(_cells(row)) + " |" for row in part["rows"]]
         lines += [
             "",
-            f"`{part['command']}` on {part['date']}: {part['processor']}, {part['threads']} threads, load {part['load']} before "
-            f"the last round; {versions}; native kernels {part['native']}.",
+            f"`{part['command']}` on {part['date']}: {part['processor']}, {part['threads']} threads, load "
+            f"{part['load']}; {versions}; native kernels {part['native']}.",
         ]
     return "\n".join(lines) + "\n"
 

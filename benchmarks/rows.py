@@ -41,7 +41,9 @@ def ratio(times: Times, numerator: str, denominator: str) -> float:
     return median_ratio(times[numerator], times[denominator])
 
 
-def inputs(heads: int, length: int, *, kv_heads: int | None = None, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    heads: int, length: int, *, kv_heads: int | None = None, grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 query, key and value of one sequence with 64 channels a head."""
     generator = torch.Generator().manual_seed(0)
     sizes = (heads, kv_heads or heads, kv_heads or heads)
@@ -49,7 +51,9 @@ def inputs(heads: int, length: int, *, kv_heads: int | None = None, grad: bool =
     return query, key, value
 
 
-def gradients(call: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
+def gradients(
+    call: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: tuple[Tensor, Tensor, Tensor]
+) -> Callable[[], object]:
     """Forward and backward of ``call`` as one call without arguments."""
     grad = torch.randn(*tensors[0].shape, generator=torch.Generator().manual_seed(1))
     return lambda: torch.autograd.grad(call(*tensors), tensors, grad)

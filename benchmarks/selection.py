@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from benchmarks.rows import Report, Row, inputs, ratio
 from regard.bench.measure import interleaved
 from regard.errors import UnknownNameError
 from regard.mechanism import SparseMechanism
 from regard.registry import build
-
-from benchmarks.rows import Report, Row, inputs, ratio
 
 MECHANISMS = ("moba", "spargeattn")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError, PlacementError, ShapeError, UnsupportedMaskError, UnsupportedPatternError
-from regard.kernels import block_sparse_attention, expand_groups, token_sparse_attention
+from regard.kernels import block_sparse_attention, token_sparse_attention
 from regard.layout import BlockLayout, TokenLayout
 from regard.masks import Boolean, Causal, Mask
 
@@ -328,11 +328,6 @@ def per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ...
     if len(value) != axes:
         raise OptionError(f"{name} {tuple(value)} has {len(value)} values, but the grid has {axes} axes.")
     return tuple(value)
-
-
-def grouped_heads(query: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Key-side tensors with their heads repeated to the query's count."""
-    return tuple(expand_groups(t, query.shape[1]) for t in others)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

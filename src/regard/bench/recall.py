@@ -23,7 +23,7 @@ class PairedRecall:
     """
 
     def __init__(
-        self, length: int = 256, pairs: int = 8, keys: int = 16, values: int = 16, memory: int = 64, noise: float = 0.1
+        self, length: int = 256, pairs: int = 8, keys: int = 16, values: int = 16, memory: int = 64, noise: float = 0.0
     ) -> None:
         if pairs > min(keys, memory) or memory + pairs > length // 2:
             raise OptionError(f"{pairs} pairs of {keys} keys in {memory} tokens do not fit a length of {length}.")

@@ -116,7 +116,10 @@ class StdlibText(_Classification):
         self._text = {
             split: torch.frombuffer(bytearray(text), dtype=torch.uint8)
             for split, text in zip(("train", "test"), stdlib_text(limit), strict=True)
+            if len(text) > length + 1
         }
+        if len(self._text) < 2:
+            raise OptionError(f"{limit} bytes of text leave a split too short for length {length}; raise the limit.")
 
     def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
         text = self._text[split]

@@ -1,4 +1,4 @@
-"""A block layout as lists: which key blocks each query block visits, and the mask inside partial blocks, evaluated once.
+"""A block layout as lists: the key blocks of each query block, and the masks inside partial blocks, evaluated once.
 
 A plan depends on the layout alone, so it is made at the first use of a layout and kept as long as the layout lives.
 """
@@ -35,8 +35,8 @@ class Group:
 class Plan:
     """The visited blocks of a layout, row by row.
 
-    ``starts`` ``(batch * heads * num_q_blocks + 1,)``: where the list of each query block begins, for as many batches and
-    heads as the layout tells apart. ``columns``: the key blocks. ``tiles``: the number of the distinct mask inside each
+    ``starts`` ``(batch * heads * num_q_blocks + 1,)``: where the list of each query block begins, for as many batches
+    and heads as the layout tells apart. ``columns``: the key blocks. ``tiles``: the number of the distinct mask inside each
     of them, -1 for none. ``places`` ``(4, distinct masks)``: batch, head, query block and key block of each.
     """
 

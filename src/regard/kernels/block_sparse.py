@@ -1,7 +1,7 @@
 """Softmax attention over the blocks of a layout, any layout, per batch and head.
 
-``reference``: the dense form under the layout's mask. ``gather``: visited key blocks gathered for groups of query blocks,
-plain matrix products, recomputed in a hand-written backward pass; memory grows with the visited blocks of one group.
+``reference``: the dense form under the layout's mask. ``gather``: key blocks gathered for groups of query blocks, plain
+matrix products, recomputed in a hand-written backward pass; memory grows with the visited blocks of one group.
 ``native``: C++ for CPUs, see :mod:`regard.kernels.native`; half precision is converted, float64 is not taken.
 ``flex``: compiled FlexAttention (forward and backward on a GPU, forward alone on a CPU).
 """
@@ -41,13 +41,14 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale q k^T) v`` over the pairs of ``layout``.
 
-    query ``(batch, num_heads, q_len, head_dim)``; key and value ``(batch, kv_heads, k_len, ...)``, ``kv_heads`` dividing
-    ``num_heads``. Returns ``(batch, num_heads, q_len, value_dim)`` and, with ``return_lse``, the log-sum-exp of each row
-    ``(batch, num_heads, q_len)``. Rows with nothing to see give zeros (and ``-inf``).
+    query ``(batch, num_heads, q_len, head_dim)``; key and value ``(batch, kv_heads, k_len, ...)``, ``kv_heads``
+    dividing ``num_heads``. Returns ``(batch, num_heads, q_len, value_dim)`` and, with ``return_lse``, the log-sum-exp of
+    each row ``(batch, num_heads, q_len)``. Rows with nothing to see give zeros (and ``-inf``).
     """
     if layout.q_len != query.shape[2] or layout.k_len != key.shape[2]:
         raise ShapeError(
-            f"The layout is for {layout.q_len} queries and {layout.k_len} keys; got {query.shape[2]} and {key.shape[2]}."
+            f"The layout is for {layout.q_len} queries and {layout.k_len} keys; "
+            f"got {query.shape[2]} and {key.shape[2]}."
         )
     form = resolve("block_sparse", backend, FORMS)
     if form == "reference":
@@ -143,7 +144,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         layout: BlockLayout = ctx.layout
-        work, (batch, heads, q_len, _) = lse.dtype, query.shape
+        work, (batch, heads) = lse.dtype, query.shape[:2]
         queries = _blocks(query, layout.block_q, work) * ctx.scale
         keys, values = _blocks(key, layout.block_k, work), _blocks(value, layout.block_k, work)
         grads = _blocks(grad_out, layout.block_q, work)
@@ -198,6 +199,15 @@ class _Native(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        tensors = (t.float() for t in (query, key, value, out, lse, grad_out))
-        grads = native.backward(*tensors, grad_lse, ctx.layout, ctx.scale)
+        grads = native.backward(
+            query.float(),
+            key.float(),
+            value.float(),
+            out.float(),
+            lse,
+            grad_out.float(),
+            grad_lse,
+            ctx.layout,
+            ctx.scale,
+        )
         return *(grad.to(like.dtype) for grad, like in zip(grads, (query, key, value), strict=True)), None, None

@@ -186,12 +186,16 @@ class _Segments(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, log_decay, *states = ctx.saved_tensors
         sources = (query, key, value, log_decay)
-        grads = [torch.zeros_like(t) if t is not None and n else None for t, n in zip(sources, ctx.needs_input_grad)]
+        grads = [
+            torch.zeros_like(t) if t is not None and n else None
+            for t, n in zip(sources, ctx.needs_input_grad[:4], strict=True)
+        ]
         for rows, state in zip(reversed(_slices(query.shape[2], ctx.step)), reversed(states), strict=True):
+            inputs = (query[:, :, rows], key[:, :, rows], value[:, :, rows], _rows_of_decay(log_decay, rows))
             with torch.enable_grad():
                 parts = [
                     None if part is None else part.detach().requires_grad_(grad is not None)
-                    for part, grad in zip((*(t[:, :, rows] for t in sources[:3]), _rows_of_decay(log_decay, rows)), grads)
+                    for part, grad in zip(inputs, grads, strict=True)
                 ]
                 start = None if state is None else state.detach().requires_grad_(True)
                 out, total = ctx.call(*parts, start)
@@ -320,7 +324,7 @@ def _chunks(
 
 
 def _channel_scores(q: Tensor, k: Tensor, run: Tensor) -> Tensor:
-    """Causal scores ``sum_c q_ic k_jc exp(run_ic - run_jc)`` of each chunk, ``(..., size, size)``, for a decay per channel.
+    """Causal scores ``sum_c q_ic k_jc exp(run_ic - run_jc)`` of each chunk, ``(..., size, size)``: a decay per channel.
 
     Sub-blocks off the diagonal are products relative to the query sub-block's start, where both exponents are at most
     zero; those on it are formed with the exponent of the difference itself.

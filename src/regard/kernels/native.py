@@ -1,9 +1,9 @@
-"""Kernels in C++ for CPUs, compiled at first use with the compiler that is there; without one, nothing is lost but speed.
+"""Kernels in C++ for CPUs, compiled at first use with the compiler that is there; without one, only speed is lost.
 
-Nothing is built when regard is installed. The first problem that takes long enough to be worth it compiles ``native.cpp``
+Nothing is built when regard is installed. The first problem that is long enough to be worth it compiles ``native.cpp``
 (a few seconds) into the user's cache, ``REGARD_CACHE`` or ``~/.cache/regard``, keyed by source, compiler flags and
-processor; later processes load it from there. ``REGARD_NATIVE=0`` switches native kernels off, ``REGARD_NATIVE=1`` compiles
-at the first use of any size. :func:`status` says what is the case and why.
+processor; later processes load it from there. ``REGARD_NATIVE=0`` switches native kernels off, ``REGARD_NATIVE=1``
+compiles at the first use of any size. :func:`status` says what is the case and why.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class Status:
     detail: str
 
 
+_INTEGERS = (
+    *("batch", "heads", "kv_heads", "q_len", "k_len", "dim", "value_dim", "block_q", "block_k"),
+    *("list_batch", "list_heads", "first_block", "last_block", "threads"),
+)
+
+
 class _Problem(ctypes.Structure):
     _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "batch heads kv_heads q_len k_len dim value_dim block_q block_k "
-                "list_batch list_heads first_block last_block threads"
-            ).split()
-        ),
+        *((name, ctypes.c_int64) for name in _INTEGERS),
         *((name, ctypes.c_void_p) for name in ("starts", "columns", "tiles", "visible")),
         ("scale", ctypes.c_float),
     ]
@@ -176,7 +176,7 @@ def _build(path: Path) -> None:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of float32 tensors on a CPU; shapes as in :func:`regard.kernels.block_sparse_attention`."""
+    """Output and log-sum-exp of float32 tensors on a CPU, shapes as in :mod:`regard.kernels.block_sparse`."""
     library, plan = require(), plan_of(layout)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out = query.new_empty(*query.shape[:3], value.shape[-1])
@@ -251,7 +251,7 @@ def _packed(library: ctypes.CDLL, tensor: Tensor, block: int, transposed: bool) 
 def _problems(
     query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, plan: Plan, scale: float
 ) -> Iterator[tuple[_Problem, object]]:
-    """The call in stretches of query blocks, so that the masks of each fit the bound, with the tensors they point to."""
+    """The call in stretches of query blocks whose masks fit the bound, each with the tensors that it points to."""
     (batch, heads, q_len, dim), (_, kv_heads, k_len, value_dim) = query.shape, value.shape
     q_blocks = layout.visit.shape[2]
     masks = plan.places.shape[1] * layout.block_q * layout.block_k

@@ -22,7 +22,7 @@ from regard.kernels.backends import resolve
 from regard.kernels.dense import dense_attention
 from regard.kernels.shapes import accumulation_dtype, score_scale
 from regard.layout import BlockLayout
-from regard.masks import Boolean
+from regard.masks import Boolean, Causal
 
 __all__ = ["query_gather_attention"]
 
@@ -32,6 +32,7 @@ FORMS = ("reference", "merged")
 _GROUP = 1 << 19
 # Parts that wait to be merged, and the lists of who visits whom, stay below this many elements.
 _PARTS = 1 << 24
+_FUSED = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 
 def query_gather_attention(
@@ -154,6 +155,38 @@ class _Plan:
             scores[..., -short:].masked_fill_(group.tail[:, None, None], float("-inf"))
         return scores
 
+    def fused(
+        self, group: _Group, queries: Tensor, keys: Tensor, values: Tensor, part: Tensor, lse: Tensor, total: Tensor
+    ) -> bool:
+        """Torch's fused CPU attention where it can: without a mask, or on causal squares. Says whether it did."""
+        if not _FUSED or queries.is_cuda or keys.shape[-1] != values.shape[-1] or group.tail is not None:
+            return False
+        if group.masked and not self._square(group):
+            return False
+        out, row_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _take(queries, group.queries)[:, None],
+            keys.index_select(0, group.keys)[:, None],
+            values.index_select(0, group.keys)[:, None],
+            0.0,
+            group.masked,
+            scale=1.0,
+        )
+        part.view(out.shape).copy_(out)
+        lse.view(row_lse.shape).copy_(row_lse)
+        total.fill_(1)
+        return True
+
+    def _square(self, group: _Group) -> bool:
+        """Whether all key blocks of a group, under a plain causal mask, are visited by just the queries on them."""
+        layout = self.layout
+        if not isinstance(layout.mask, Causal) or layout.q_len != layout.k_len or layout.block_q > 1:
+            return False
+        if group.queries.shape[1] != layout.block_k:
+            return False
+        nq, nk = layout.visit.shape[-2:]
+        own = (group.keys % nk)[:, None] * layout.block_k + torch.arange(layout.block_k, device=group.keys.device)
+        return torch.equal(group.queries % nq, own)
+
     def _hidden(self, queries: Tensor, keys: Tensor) -> Tensor:
         layout = self.layout
         (nq, nk), device = layout.visit.shape[-2:], queries.device
@@ -206,15 +239,15 @@ class _Merged(torch.autograd.Function):
             space = queries.new_empty(plan.area(groups))
             start = 0
             for group in groups:
-                scores = plan.scores(group, queries, keys, space)
-                stop = start + scores.shape[0] * scores.shape[1]
-                top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(work).min)
-                weights = scores.sub_(top).exp_()
-                torch.sum(weights, -1, out=totals[start:stop].view(weights.shape[:2]))
-                tops[start:stop] = top.flatten()
-                torch.bmm(
-                    weights, values.index_select(0, group.keys), out=parts[start:stop].view(*weights.shape[:2], -1)
-                )
+                stop = start + group.queries.numel() * block
+                here = parts[start:stop], tops[start:stop], totals[start:stop]
+                if not plan.fused(group, queries, keys, values, *here):
+                    scores = plan.scores(group, queries, keys, space)
+                    top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(work).min)
+                    weights = scores.sub_(top).exp_()
+                    torch.sum(weights, -1, out=here[2].view(weights.shape[:2]))
+                    here[1].copy_(top.flatten())
+                    torch.bmm(weights, values.index_select(0, group.keys), out=here[0].view(*weights.shape[:2], -1))
                 start = stop
             _merge_into(
                 out, lse, member, parts.view(-1, block, value_dim), tops.view(-1, block), totals.view(-1, block)

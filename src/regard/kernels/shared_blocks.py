@@ -74,8 +74,8 @@ def shared_block_attention(
     fits = _fits(query, key, value, layout, return_lse)
     if form == "fused" and not fits:
         raise BackendError(
-            "The fused form needs CPU tensors, a layout shared by all sequences and heads whose masks are few enough to "
-            "keep, values as wide as the keys, and no gradient of the log-sum-exp; use backend='auto'."
+            "The fused form needs CPU tensors, a layout shared by all sequences and heads whose masks are few enough "
+            "to keep, values as wide as the keys, and no gradient of the log-sum-exp; use backend='auto'."
         )
     if form == "auto" and fits:
         fits = not native.worthwhile(query, value, layout)

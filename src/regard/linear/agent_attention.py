@@ -302,6 +302,7 @@ class AgentAttention(Mechanism):
         return Cost(whole.flops + scores, whole.bytes, 0, None)
 
 
+@register("agent_attention_2d")
 class AgentAttention2d(Feature):
     """The paper's module, in place of self-attention in DeiT, PVT, Swin or CSwin blocks: projections, pooled
     agents, biases, a depthwise 3x3 convolution of the values, output projection. ``(batch, channels, height,

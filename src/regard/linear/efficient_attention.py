@@ -160,6 +160,7 @@ class EfficientAttention(Mechanism):
         return linear_cost(shape, chunk=64 if shape.causal else None)
 
 
+@register("efficient_attention_2d")
 class EfficientAttention2d(Feature):
     """The paper's module, in place of a non-local block: 1x1 convolutions to queries, keys and values,
     efficient attention per head, a 1x1 reprojection, and the input added. ``(batch, channels, *space)`` in

@@ -269,6 +269,7 @@ class Flow(Mechanism):
         return replace(whole, flops=flops, bytes=whole.bytes - whole.state_bytes + state, state_bytes=state)
 
 
+@register("flow_attention_layer")
 class FlowAttention(Layer):
     """The paper's module: projections around flow-attention, ``(batch, length, embed_dim)`` in and out.
 

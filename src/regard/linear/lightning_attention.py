@@ -240,6 +240,7 @@ class TnlState:
     tokens: int = 0
 
 
+@register("tnl_attention")
 class TnlAttention(Layer):
     """Gated lightning attention, ``(batch, length, embed_dim)`` in and out, always causal.
 

@@ -90,7 +90,7 @@ def run(report: Callable[[str], None]) -> Finding:
         holds,
         f"One attention layer of width {WIDTH} and 4 query heads, {STEPS} steps, {len(SEEDS)} seeds: {task.length - 1} "
         "cells of random keys with a class each, asked for one by a blurred copy of its key; the task's sizes and the "
-        "learning rate were set on plain attention alone. Distractor share: absolute mass of the asking cell's combined "
-        "map outside the right cell. Holds if 3:1 is within a point of 1:1 or better and both put less mass on "
-        "distractors than plain attention. That moderate ratios generalise better needs large-scale pretraining.",
+        "learning rate were set on plain attention alone. Distractor share: absolute mass of the asking cell's "
+        "combined map outside the right cell. Holds if 3:1 is within a point of 1:1 or better and both put less mass "
+        "on distractors than plain attention. That moderate ratios generalise better needs large-scale pretraining.",
     )

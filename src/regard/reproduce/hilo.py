@@ -111,5 +111,5 @@ def run(report: Callable[[str], None]) -> Finding:
         "14 to 56, takes no longer than it at 14 (batch 32, forward), and on 1/f noise its fine branch has the larger "
         "share of its energy at high frequencies for each of five random initialisations. (Untrained, the coarse "
         "branch is nearly the mean of the map; in what little it varies, its share is the larger one.) The paper's "
-        "ratios to spatial-reduction and window attention, on its own processor and code, stand beside those measured here.",
+        "ratios to spatial-reduction and window attention, on its own processor and code, stand beside those measured.",
     )

@@ -114,8 +114,8 @@ def run(report: Callable[[str], None]) -> Finding:
             "accuracy_of_chance": 0.5,
         },
         linear and square and accuracy["with_shift"] > 0.95 and accuracy["without_shift"] < 0.65,
-        "Holds if the time of window attention (sides 28, 56, 112, window 7, 3 heads of 32; processor seconds) grows as "
-        "area to the power 1.0 +- 0.15 and that of global attention to at least 1.7, and two blocks with windows of 4 "
-        "solve a task on pairs of cells astride a window border above 95 % with the shift and below 65 % without "
+        "Holds if the time of window attention (sides 28, 56, 112, window 7, 3 heads of 32; processor seconds) grows "
+        "as area to the power 1.0 +- 0.15 and that of global attention to at least 1.7, and two blocks with windows of "
+        "4 solve a task on pairs of cells astride a window border above 95 % with the shift and below 65 % without "
         "(chance 50 %). The ImageNet and COCO figures need those data.",
     )
