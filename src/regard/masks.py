@@ -38,6 +38,7 @@ __all__ = [
     "Neighborhood",
     "Predicate",
     "Prefix",
+    "Reindexed",
     "Sinks",
     "SlidingWindow",
     "axis_windows",
@@ -99,7 +100,7 @@ class Mask(ABC):
 
     def permuted(self, query_order: Tensor, key_order: Tensor) -> Mask:
         """The rule for reordered tokens: new index ``i`` holds the token of old index ``order[i]``."""
-        return _Permuted(self, query_order, key_order)
+        return Reindexed(self, query_order, key_order)
 
     def __and__(self, other: Mask) -> Mask:
         return _Both(self, other)
@@ -662,10 +663,20 @@ class _Not(Mask):
 
 
 @dataclass(frozen=True, eq=False)
-class _Permuted(Mask):
+class Reindexed(Mask):
+    """A rule seen through index maps: new query ``i`` is old query ``query_index[i]``, new key ``j`` old key
+    ``key_index[j]``, or nothing where ``query_valid[i]`` or ``key_valid[j]`` is False (None: all stand for something).
+
+    ``q_len`` and ``k_len``: the old lengths, by default those of the maps.
+    """
+
     inner: Mask
-    query_order: Tensor
-    key_order: Tensor
+    query_index: Tensor
+    key_index: Tensor
+    query_valid: Tensor | None = None
+    key_valid: Tensor | None = None
+    q_len: int | None = None
+    k_len: int | None = None
 
     @property
     def batch(self) -> int:
@@ -675,19 +686,53 @@ class _Permuted(Mask):
     def heads(self) -> int:
         return self.inner.heads
 
+    @property
+    def _lengths(self) -> tuple[int, int]:
+        q_len = len(self.query_index) if self.q_len is None else self.q_len
+        return q_len, len(self.key_index) if self.k_len is None else self.k_len
+
     def mod(self, q_len: int, k_len: int) -> MaskMod:
-        rule, query_order, key_order = self.inner.mod(q_len, k_len), self.query_order, self.key_order
-        return lambda b, h, q, k: rule(b, h, query_order[q], key_order[k])
+        rule, query_index, key_index = self.inner.mod(*self._lengths), self.query_index, self.key_index
+        query_valid, key_valid = self.query_valid, self.key_valid
+
+        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            visible = rule(b, h, query_index[q], key_index[k])
+            if query_valid is not None:
+                visible = visible & query_valid[q]
+            return visible if key_valid is None else visible & key_valid[k]
+
+        return seen
 
     def bounds(self, q_blocks: Tensor, k_blocks: Tensor, q_len: int, k_len: int) -> Bounds:
-        return self.inner.bounds(self.query_order[q_blocks], self.key_order[k_blocks], q_len, k_len)
+        possible, certain = self.inner.bounds(self.query_index[q_blocks], self.key_index[k_blocks], *self._lengths)
+        if self.query_valid is not None:
+            queries = self.query_valid[q_blocks]
+            possible, certain = possible & queries.any(-1)[:, None], certain & queries.all(-1)[:, None]
+        if self.key_valid is not None:
+            keys = self.key_valid[k_blocks]
+            possible, certain = possible & keys.any(-1), certain & keys.all(-1)
+        return possible, certain
 
     def key_validity(self, k_len: int) -> Tensor | None:
-        valid = self.inner.key_validity(k_len)
-        return None if valid is None else valid[..., self.key_order]
+        valid = self.inner.key_validity(self._lengths[1])
+        if valid is None or self.query_valid is not None:
+            return None
+        valid = valid[..., self.key_index.to(valid.device)]
+        return valid if self.key_valid is None else valid & self.key_valid.to(valid.device)
 
     def to(self, device: torch.device | str) -> Mask:
-        return _Permuted(self.inner.to(device), self.query_order.to(device), self.key_order.to(device))
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return Reindexed(
+            self.inner.to(device),
+            self.query_index.to(device),
+            self.key_index.to(device),
+            move(self.query_valid),
+            move(self.key_valid),
+            self.q_len,
+            self.k_len,
+        )
 
 
 def from_block_mask(block_mask: BlockMask) -> Mask:

@@ -36,8 +36,8 @@ class Plan:
     """The visited blocks of a layout, row by row.
 
     ``starts`` ``(batch * heads * num_q_blocks + 1,)``: where the list of each query block begins, for as many batches
-    and heads as the layout tells apart. ``columns``: the key blocks. ``tiles``: the number of the distinct mask inside each
-    of them, -1 for none. ``places`` ``(4, distinct masks)``: batch, head, query block and key block of each.
+    and heads as the layout tells apart. ``columns``: the key blocks. ``tiles``: the number of the distinct mask inside
+    each of them, -1 for none. ``places`` ``(4, distinct masks)``: batch, head, query block and key block of each.
     """
 
     starts: Tensor

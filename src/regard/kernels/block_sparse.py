@@ -42,8 +42,8 @@ def block_sparse_attention(
     """``softmax(scale q k^T) v`` over the pairs of ``layout``.
 
     query ``(batch, num_heads, q_len, head_dim)``; key and value ``(batch, kv_heads, k_len, ...)``, ``kv_heads``
-    dividing ``num_heads``. Returns ``(batch, num_heads, q_len, value_dim)`` and, with ``return_lse``, the log-sum-exp of
-    each row ``(batch, num_heads, q_len)``. Rows with nothing to see give zeros (and ``-inf``).
+    dividing ``num_heads``. Returns ``(batch, num_heads, q_len, value_dim)`` and, with ``return_lse``, the log-sum-exp
+    of each row ``(batch, num_heads, q_len)``. Rows with nothing to see give zeros (and ``-inf``).
     """
     if layout.q_len != query.shape[2] or layout.k_len != key.shape[2]:
         raise ShapeError(
@@ -61,7 +61,7 @@ def block_sparse_attention(
             raise BackendError("The flex form does not return the log-sum-exp; use backend='gather'.")
         return _flex(query, key, value, layout, score_scale(query, scale))
     run = _Native if form == "native" or (form == "auto" and native.worthwhile(query, value, layout)) else _Gather
-    out, lse = run.apply(query, key, value, layout, score_scale(query, scale))  # type: ignore[no-untyped-call]
+    out, lse = run.apply(query, key, value, layout, score_scale(query, scale))
     return (out, lse) if return_lse else out
 
 

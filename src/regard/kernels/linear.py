@@ -80,7 +80,7 @@ def linear_attention(
     length, step = query.shape[2], _segment_length(query, value, chunk_size)
     if form in ("auto", "chunked") and length > step:
         _check_decay(log_decay, query)
-        out, total = _Segments.apply(query, key, value, log_decay, initial, call, step)  # type: ignore[no-untyped-call]
+        out, total = _Segments.apply(query, key, value, log_decay, initial, call, step)
     else:
         out, total = call(query, key, value, log_decay, initial)
     return out, LinearState(total)
@@ -199,9 +199,9 @@ class _Segments(torch.autograd.Function):
                 ]
                 start = None if state is None else state.detach().requires_grad_(True)
                 out, total = ctx.call(*parts, start)
-            wanted = [part for part in (*parts, start) if part is not None and part.requires_grad]
+            leaves = [part for part in (*parts, start) if part is not None and part.requires_grad]
             found = iter(
-                torch.autograd.grad((out, total), wanted, (grad_out[:, :, rows], grad_total), allow_unused=True)
+                torch.autograd.grad((out, total), leaves, (grad_out[:, :, rows], grad_total), allow_unused=True)
             )
             for part, grad in zip(parts, grads, strict=True):
                 if grad is None or part is None or (here := next(found)) is None:

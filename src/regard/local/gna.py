@@ -34,8 +34,8 @@ from regard.errors import OptionError, ShapeError
 from regard.kernels import dense_attention, merge_attentions
 from regard.kernels.shared_blocks import shared_block_attention
 from regard.layout import BlockLayout
-from regard.local.tiles import Reindexed, TileOrder, balanced_tile, tile_order
-from regard.masks import Causal, Mask, Neighborhood, axis_windows
+from regard.local.tiles import TileOrder, balanced_tile, tile_order
+from regard.masks import Causal, Mask, Neighborhood, Reindexed, axis_windows
 from regard.mechanism import Request, SparseMechanism, per_axis
 from regard.registry import register
 
@@ -85,15 +85,15 @@ def _plan(
 
 def _layout(rule: Mask, order: TileOrder) -> BlockLayout:
     if not order.identity:
-        rule = Reindexed(rule, order.order, order.order, order.valid, order.valid, order.length, order.length)
+        # A filling query may see what its model sees: its row is cut off, and tiles stay without a mask inside.
+        rule = Reindexed(rule, order.order, order.order, None, order.valid, order.length, order.length)
     return BlockLayout.of(rule, order.padded, order.padded, order.block, order.block, order.order.device)
 
 
 def _keys(mask: Mask, first: int, stop: int, q_len: int, k_len: int, device: torch.device) -> Mask:
     """``mask`` for the keys from ``first`` to ``stop`` alone."""
     queries, keys = torch.arange(q_len, device=device), torch.arange(first, stop, device=device)
-    everywhere = queries >= 0, keys >= 0
-    return Reindexed(mask, queries, keys, *everywhere, q_len, k_len)
+    return Reindexed(mask, queries, keys, q_len=q_len, k_len=k_len)
 
 
 @register("gna")

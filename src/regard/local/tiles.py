@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.errors import OptionError, ShapeError
-from regard.masks import Bounds, Mask, MaskMod
 
-__all__ = ["Reindexed", "TileOrder", "balanced_tile", "tile_order", "token_permute", "token_unpermute"]
+__all__ = ["TileOrder", "balanced_tile", "tile_order", "token_permute", "token_unpermute"]
 
 
 def balanced_tile(grid: Sequence[int], volume: int = 64) -> tuple[int, ...]:
@@ -103,55 +102,6 @@ def tile_order(
     inverse = torch.empty(count, dtype=torch.int64)
     inverse[order[valid]] = torch.arange(len(order))[valid]
     return TileOrder(order.to(device), valid.to(device), inverse.to(device), math.prod(tile), False)
-
-
-@dataclass(frozen=True, eq=False)
-class Reindexed(Mask):
-    """A mask on ``q_len x k_len`` tokens seen through index maps: new query ``i`` is old query ``query_index[i]``, new
-    key ``j`` old key ``key_index[j]``, or nothing where ``key_valid[j]`` is False."""
-
-    inner: Mask
-    query_index: Tensor
-    key_index: Tensor
-    query_valid: Tensor
-    key_valid: Tensor
-    q_len: int
-    k_len: int
-
-    @property
-    def batch(self) -> int:
-        return self.inner.batch
-
-    @property
-    def heads(self) -> int:
-        return self.inner.heads
-
-    def mod(self, q_len: int, k_len: int) -> MaskMod:
-        rule, query_index, key_index, valid = (
-            self.inner.mod(self.q_len, self.k_len),
-            self.query_index,
-            self.key_index,
-            self.key_valid,
-        )
-        return lambda b, h, q, k: rule(b, h, query_index[q], key_index[k]) & valid[k]
-
-    def bounds(self, q_blocks: Tensor, k_blocks: Tensor, q_len: int, k_len: int) -> Bounds:
-        possible, certain = self.inner.bounds(
-            self.query_index[q_blocks], self.key_index[k_blocks], self.q_len, self.k_len
-        )
-        queries, keys = self.query_valid[q_blocks], self.key_valid[k_blocks]
-        return possible & queries.any(-1)[:, None] & keys.any(-1), certain & keys.all(-1)
-
-    def to(self, device: torch.device | str) -> Mask:
-        return Reindexed(
-            self.inner.to(device),
-            self.query_index.to(device),
-            self.key_index.to(device),
-            self.query_valid.to(device),
-            self.key_valid.to(device),
-            self.q_len,
-            self.k_len,
-        )
 
 
 def _split(space: Sequence[int], tile: Sequence[int], dilation: Sequence[int]) -> list[int]:

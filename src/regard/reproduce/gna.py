@@ -74,8 +74,8 @@ def run(report: Callable[[str], None]) -> Finding:
             "share_of_bound_stride_4": round(share, 2),
         },
         bounds == expected and share >= 0.6,
-        "Holds if the simulator gives the bounds 10.24 and 11.11 at the large strides and those above at stride 1, and the tiled executor at a perfectly "
-        "block-sparse setting (20 x 24 x 40 tokens, window 12, stride 4, tiles of 4 x 4 x 4, one head of 64, forward, "
-        "permutation included) reaches at least 60 % of the bound over the same executor on all tiles. The end-to-end "
-        "speedups of the paper need its GPUs and models.",
+        "Holds if the simulator gives the bounds 10.24 and 11.11 at the large strides and those above at stride "
+        "1, and the tiled executor at a perfectly block-sparse setting (20 x 24 x 40 tokens, window 12, stride 4, "
+        "tiles of 4 x 4 x 4, one head of 64, forward, permutation included) reaches at least 60 % of the bound "
+        "over the same executor on all tiles. The end-to-end speedups of the paper need its GPUs and models.",
     )
