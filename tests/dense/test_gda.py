@@ -121,7 +121,7 @@ def test_lambda_zero_is_grouped_query_attention_and_the_norm(groups: int) -> Non
         for vector in (made.lambda_q1, made.lambda_q2, made.lambda_k1, made.lambda_k2):
             vector.zero_()
         made.lambda_q2[0], made.lambda_k2[0] = 1, math.log(1.2)
-    assert abs(float(made.lam)) < 1e-12
+    assert abs(float(made.lam.detach())) < 1e-12
     query = made.query(x).view(2, LENGTH, 2, 4, DIM)[:, :, :, :3].flatten(2, 3).transpose(1, 2)
     key = made.key(x).view(2, LENGTH, groups, 2, DIM)[:, :, :, 0].transpose(1, 2)
     value = made.value(x).view(2, LENGTH, groups, 2 * DIM).transpose(1, 2)

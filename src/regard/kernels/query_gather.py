@@ -29,7 +29,7 @@ __all__ = ["query_gather_attention"]
 FORMS = ("reference", "merged")
 
 # Scores of one group stay below this many elements, so that they live in the cache between the two products.
-_GROUP = 1 << 19
+_GROUP = 1 << 20
 # Parts that wait to be merged, and the lists of who visits whom, stay below this many elements.
 _PARTS = 1 << 24
 _FUSED = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
@@ -177,14 +177,13 @@ class _Plan:
         return True
 
     def _square(self, group: _Group) -> bool:
-        """Whether all key blocks of a group, under a plain causal mask, are visited by just the queries on them."""
+        """Whether all key blocks of a group, under a plain causal mask, are visited by the queries on them in order."""
         layout = self.layout
         if not isinstance(layout.mask, Causal) or layout.q_len != layout.k_len or layout.block_q > 1:
             return False
-        if group.queries.shape[1] != layout.block_k:
-            return False
-        nq, nk = layout.visit.shape[-2:]
-        own = (group.keys % nk)[:, None] * layout.block_k + torch.arange(layout.block_k, device=group.keys.device)
+        # The last query of a block sees all of it, and is among those without a mask.
+        (nq, nk), count = layout.visit.shape[-2:], group.queries.shape[1]
+        own = (group.keys % nk)[:, None] * layout.block_k + torch.arange(count, device=group.keys.device)
         return torch.equal(group.queries % nq, own)
 
     def _hidden(self, queries: Tensor, keys: Tensor) -> Tensor:

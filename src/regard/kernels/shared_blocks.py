@@ -31,8 +31,8 @@ FORMS = ("reference", "gather", "native", "flex", "fused")
 
 # Gathered keys of one group stay below this many elements.
 _GROUP = 1 << 20
-# Bytes of kept masks above which the general executor, which keeps fewer, runs the layout.
-_KEPT = 1 << 27
+# Bytes of masks that are kept with a layout, and those above which the general executor evaluates them at each call.
+_KEPT, _KEPT_ELSEWHERE = 1 << 27, 1 << 25
 
 
 @overload
@@ -78,7 +78,7 @@ def shared_block_attention(
             "to keep, values as wide as the keys, and no gradient of the log-sum-exp; use backend='auto'."
         )
     if form == "auto" and fits:
-        fits = not native.worthwhile(query, value, layout)
+        fits = _mask_bytes(layout) > _KEPT_ELSEWHERE or not native.worthwhile(query, value, layout)
     if form not in ("auto", "fused") or not fits:
         return block_sparse_attention(query, key, value, layout, scale=scale, return_lse=return_lse, backend=backend)
     out, lse = _Fused.apply(query, key, value, layout, score_scale(query, scale))
@@ -89,15 +89,15 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, return
     shared = layout.visit.shape[:2] == (1, 1) and layout.mask.batch == layout.mask.heads == 1
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     same = layout.q_len == query.shape[2] and layout.k_len == key.shape[2] and query.shape[3] == value.shape[3] > 0
-    return query.device.type == "cpu" and shared and same and not (return_lse and tracked) and _small(layout)
+    return (
+        query.device.type == "cpu" and shared and same and not (return_lse and tracked) and _mask_bytes(layout) <= _KEPT
+    )
 
 
-def _small(layout: BlockLayout) -> bool:
-    """Whether the masks of this layout are few enough to keep."""
-    if layout in _plans:
-        return True
+def _mask_bytes(layout: BlockLayout) -> int:
+    """Bytes that the masks of this layout take: of all visited blocks of the rows that need one."""
     masked = layout.visit.sum(-1) * layout.partial.any(-1)
-    return int(masked.sum()) * layout.block_q * layout.block_k <= _KEPT
+    return int(masked.sum()) * layout.block_q * layout.block_k
 
 
 @dataclass(frozen=True)
