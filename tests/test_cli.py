@@ -80,3 +80,4 @@ def test_reproduce_of_what_is_no_paper_says_so() -> None:
 def test_env_names_versions() -> None:
     output = call("env").output
     assert "torch" in output and "python" in output
+    assert any(state in output for state in ("ready (", "not built (", "off (", "failed ("))

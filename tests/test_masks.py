@@ -24,6 +24,7 @@ from regard.masks import (
     Neighborhood,
     Predicate,
     Prefix,
+    Reindexed,
     Sinks,
     SlidingWindow,
     axis_windows,
@@ -166,6 +167,28 @@ def test_permuted(case: tuple[Mask, int, int], random: object) -> None:
     assert torch.equal(permuted.dense(q_len, k_len), expected)
     layout = BlockLayout.of(permuted, q_len, k_len, 4, 4)
     assert torch.equal(layout.dense(), expected.expand_as(layout.dense()))
+
+
+@PROFILE
+@given(expressions(), st.integers(1, 29), st.integers(1, 29), st.integers(0, 99))
+def test_reindexed(case: tuple[Mask, int, int], new_q: int, new_k: int, seed: int) -> None:
+    """New tokens stand for old ones, several for the same or some for none, in sequences of other lengths."""
+    mask, q_len, k_len = case
+    generator = torch.Generator().manual_seed(seed)
+    query_index = torch.randint(q_len, (new_q,), generator=generator)
+    key_index = torch.randint(k_len, (new_k,), generator=generator)
+    query_valid = torch.rand(new_q, generator=generator) < 0.8
+    key_valid = torch.rand(new_k, generator=generator) < 0.8
+    new = Reindexed(mask, query_index, key_index, query_valid, key_valid, q_len, k_len)
+    expected = mask.dense(q_len, k_len)[:, :, query_index][..., key_index]
+    expected = expected & query_valid[:, None] & key_valid
+    assert torch.equal(new.dense(new_q, new_k), expected)
+    layout = BlockLayout.of(new.to("cpu"), new_q, new_k, 4, 3)
+    assert torch.equal(layout.dense(), expected.expand_as(layout.dense()))
+    keys = Reindexed(mask, query_index, key_index, None, key_valid, q_len, k_len).key_validity(new_k)
+    if keys is not None:
+        of_all_queries = mask.dense(q_len, k_len)[:, :, query_index][..., key_index] & key_valid
+        assert torch.equal(keys[:, :, None].expand_as(of_all_queries), of_all_queries)
 
 
 @PROFILE

@@ -277,13 +277,16 @@ def env() -> None:
     import torch
 
     import regard
+    from regard.kernels import native
 
+    kernels = native.status()
     rows = {
         "regard": regard.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "native": f"{kernels.state} ({kernels.detail})",
     }
     for extra in ("transformers", "matplotlib", "natten", "sklearn"):
         rows[extra] = "yes" if importlib.util.find_spec(extra) is not None else "not installed"

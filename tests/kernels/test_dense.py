@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import BackendError
-from regard.kernels import dense_attention, masked_softmax
+from regard.kernels import dense_attention, dense_weights, masked_softmax
 from regard.masks import Causal, KeyPadding, Mask, SlidingWindow
 
 SHAPES = {  # batch, heads, kv heads, q_len, k_len, head_dim, value_dim
@@ -18,6 +18,8 @@ SHAPES = {  # batch, heads, kv heads, q_len, k_len, head_dim, value_dim
     "cross": (1, 4, 1, 5, 11, 8, 3),
     "long-query": (1, 2, 2, 11, 5, 8, 8),
     "decode": (2, 4, 2, 1, 7, 8, 8),
+    "narrow-value": (2, 4, 2, 6, 9, 8, 5),
+    "wide-value": (1, 2, 1, 6, 6, 8, 13),
     "one": (1, 1, 1, 1, 1, 1, 1),
 }
 
@@ -146,6 +148,16 @@ def test_log_sum_exp(name: str) -> None:
         if bool(finite.any()):
             totals = [torch.cat((out.flatten(), lse[finite].sin())) for out, lse in (actual, expected)]
             compare(totals[0], totals[1], leaves)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_weights_are_what_multiplies_the_values(name: str) -> None:
+    for causal, mask in rules(name):
+        query, key, _ = inputs(name)
+        k_len = key.shape[2]
+        identity = torch.eye(k_len, dtype=torch.float64).expand(*key.shape[:2], -1, -1)
+        expected, _ = formula(query, key, identity, visible(name, causal, mask), scale=0.6)
+        compare(dense_weights(query, key, causal=causal, mask=mask, scale=0.6), expected, (query, key))
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

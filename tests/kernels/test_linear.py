@@ -110,6 +110,23 @@ def test_states_continue_across_splits(form: str, decay: str) -> None:
 
 
 @pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_long_sequences_go_segment_by_segment(decay: str, normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the state carried over: values, and gradients of everything, the first state included."""
+    monkeypatch.setattr(linear, "_SEGMENT", 1)  # as if the cache held a single chunk
+    first, second = features(6, 2), features(17, 2)
+    g = decay_of(decay, 23)
+    parts = [g if g is None or g.dim() == 1 else g[:, :, piece] for piece in (slice(6), slice(6, 23))]
+    options = {"causal": True, "normalize": normalize, "chunk_size": 4}
+    _, state = linear_attention(*first, log_decay=parts[0], **options)  # type: ignore[arg-type]
+    out, last = linear_attention(*second, log_decay=parts[1], state=state, **options)  # type: ignore[arg-type]
+    whole = [torch.cat(pair, 2) for pair in zip(first, second, strict=True)]
+    expected, expected_state = looped(*whole, g, normalize)
+    leaves = [*first, *second, *([] if g is None else [g])]
+    compare((out, last.sum), (expected[:, :, 6:], expected_state), leaves)
+
+
+@pytest.mark.parametrize("decay", DECAYS)
 def test_steps_are_the_parallel_form(decay: str) -> None:
     leaves, g = features(11), decay_of(decay, 11)
     expected, _ = looped(*leaves, g, True)

@@ -1,4 +1,4 @@
-"""Associative recall in one hop: keys come with their values on one token, so that a single attention layer can answer."""
+"""Associative recall in one hop: a key comes with its value on one token, so that one attention layer can answer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class PairedRecall:
     """Multi-query recall with key and value on the same token.
 
     Inputs ``(batch, length, input_dim)``: ``pairs`` memory tokens ``[key | value | 0]`` at random places of the first
-    ``memory`` tokens, later each key again as a query token ``[key | 0 | 1]`` at a random place, noise of size ``noise``
-    everywhere. Targets: the value at a query token, ignored elsewhere. In split ``"far"`` (and ``"test"``) queries stand
-    in the last half of the sequence, in ``"train"`` anywhere behind the memory.
+    ``memory`` tokens, later each key again as a query token ``[key | 0 | 1]`` at a random place, noise of size
+    ``noise`` everywhere. Targets: the value at a query token, ignored elsewhere. In split ``"far"`` (and ``"test"``)
+    queries stand in the last half of the sequence, in ``"train"`` anywhere behind the memory.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ def token_sparse_attention(
     batch, heads, q_len, _ = query.shape
     indices = layout.indices.expand(batch, heads, q_len, -1)
     bias = key.new_zeros(batch, heads, 0) if key_bias is None else expand_groups(key_bias, heads)
-    out, lse = _Gather.apply(query, key, value, indices, bias, score_scale(query, scale))  # type: ignore[no-untyped-call]
+    out, lse = _Gather.apply(query, key, value, indices, bias, score_scale(query, scale))
     return (out, lse) if return_lse else out
 
 

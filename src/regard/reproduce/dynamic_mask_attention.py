@@ -51,9 +51,10 @@ def run(report: Callable[[str], None]) -> Finding:
         and measured["flops_over_dense_4096_tokens_keep_512"] < 0.15
     )
     note = (
-        "Two layers of width 64, 240 steps, 256 tokens, 8 pairs with key and value on one token (so that it is learned in "
-        "so few steps); keep = 64, window = 64; accuracy on queries in the last half, which the window cannot reach from. "
-        "Holds if dynamic masks come within 0.1 of full attention, the window stays below 0.4 and operations at 4096 "
-        "tokens below 0.15 of dense. Perplexities at 1.7 billion parameters take a cluster."
+        "Two layers of width 64, 240 steps, 256 tokens, 8 pairs with key and value on one token (so that it is "
+        "learned in so few steps); keep = 64, window = 64; accuracy on queries in the last half, which the window "
+        "cannot reach from. Holds if dynamic masks come within 0.1 of full attention, the window stays below 0.4 "
+        "and operations at 4096 tokens below 0.15 of dense. Perplexities at 1.7 billion parameters take a "
+        "cluster."
     )
     return Finding(measured, holds, note)

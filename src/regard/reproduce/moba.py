@@ -46,7 +46,8 @@ def far_recall(report: Callable[[str], None]) -> dict[str, float]:
 
 
 def hybrid(report: Callable[[str], None], steps: int = 120) -> dict[str, float]:
-    """Held-out loss of bytes of source code: full attention throughout, and MoBA with full attention for the last tenth."""
+    """Held-out loss of bytes of source code: full attention throughout, and MoBA with full attention for the last
+    tenth."""
     task, found = StdlibText(256, limit=1_000_000), {}
     for name in ("full", "hybrid"):
         torch.manual_seed(0)
@@ -101,10 +102,10 @@ def run(report: Callable[[str], None]) -> Finding:
         and measured["time_over_dense_8192_tokens"] < 0.35
     )
     note = (
-        "Two layers of width 64. Recall: 512 tokens, 8 pairs with key and value on one token (so that it is learned in "
-        "200 steps), blocks of 32, top 3, against a window of 96; holds if MoBA is within 0.05 of full attention and the "
-        "window at least 0.2 below. Text: 120 steps, MoBA for 90 % of them, loss within 1 % of full attention. Time: "
-        "processor time of whole calls, selection included, below 0.35 of fused dense attention. The paper's scaling "
-        "laws and its million tokens take a cluster."
+        "Two layers of width 64. Recall: 512 tokens, 8 pairs with key and value on one token (so that it is "
+        "learned in 200 steps), blocks of 32, top 3, against a window of 96; holds if MoBA is within 0.05 of full "
+        "attention and the window at least 0.2 below. Text: 120 steps, MoBA for 90 % of them, loss within 1 % of "
+        "full attention. Time: processor time of whole calls, selection included, below 0.35 of fused dense "
+        "attention. The paper's scaling laws and its million tokens take a cluster."
     )
     return Finding(measured, holds, note)
