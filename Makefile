@@ -26,7 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # natten has to be built with the torch that is installed, or the build fetches another; on a CPU nothing is compiled.
 $(INSTALLED_BENCH): $(INSTALLED)
-	$(PIP) install --no-build-isolation natten
+	env -u PIP_BUILD_CONSTRAINT PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check install --no-build-isolation natten
 	touch $@
 
 demo: $(INSTALLED)  ## compare the training-free mechanisms on the embedded model; report in runs/demo

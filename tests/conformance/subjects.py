@@ -1,7 +1,8 @@
 """The table: every catalogue entry that can be built, how to build it small, and inputs for it.
 
 Nothing here or in the suite knows an entry by name. What an entry cannot do it declares in its traits
-(:class:`regard.mechanism.Traits`), and the suite checks that the declaration is true.
+(:class:`regard.mechanism.Traits`), and the suite checks that the declaration is true. ``REGARD_CONFORMANCE=moba,gna``
+in the environment keeps the table to those entries.
 """
 
 from __future__ import annotations
@@ -19,16 +20,25 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from regard.masks import Mask
+from regard.masks import KeyPadding, Mask, Sinks, SlidingWindow
 
 HEADS, DIM, CHANNELS = 4, 8, 32
-GRIDS = {1: lambda n: (n,), 2: lambda n: _rectangle(n), 3: lambda n: (1, *_rectangle(n))}
 
 
 def _rectangle(length: int) -> tuple[int, int]:
     """``length`` as height times width, as square as its factors allow."""
     height = max(h for h in range(1, int(length**0.5) + 1) if length % h == 0)
     return height, length // height
+
+
+def grid_of(length: int, axes: int) -> tuple[int, ...]:
+    """A grid of one to three axes that holds ``length`` tokens."""
+    if axes == 1:
+        return (length,)
+    if axes == 2:
+        return _rectangle(length)
+    frames = next((f for f in (2, 3) if length % f == 0), 1)
+    return (frames, *_rectangle(length // frames))
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -83,7 +93,7 @@ class Subject:
             if not self.cls.needs_grid:
                 return {}
             axes = 2 if 2 in self.cls.grid_axes else min(self.cls.grid_axes)
-        return {"grid": GRIDS[axes](length)}
+        return {"grid": grid_of(length, axes)}
 
     @property
     def causals(self) -> list[bool]:
@@ -235,8 +245,6 @@ def _output_and_gradients(module: nn.Module, inputs: list[Tensor], arguments: di
 
 def masks_for(batch: int, q_len: int, k_len: int, support: str) -> dict[str, Mask | Tensor]:
     """Masks that a mechanism of this support must honour, by name."""
-    from regard.masks import KeyPadding, Sinks, SlidingWindow
-
     if support == "none":
         return {}
     valid = torch.ones(batch, k_len, dtype=torch.bool)

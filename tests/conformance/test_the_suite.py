@@ -13,7 +13,7 @@ from regard import registry
 from regard.kernels import dense_attention
 from regard.mechanism import Mechanism, Pattern, Request
 from tests.conformance import test_mechanisms as checks
-from tests.conformance.subjects import Subject
+from tests.conformance.subjects import BROKEN, Subject
 
 
 class Sound(Mechanism):
@@ -205,3 +205,8 @@ def test_a_fault_is_found(
 def test_a_leak_that_does_not_exist_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(pytest.skip.Exception, match="no leak was found"):
         checks.test_no_leak_from_the_future(subject(NeverLeaks, monkeypatch))
+
+
+def test_no_entry_is_left_out() -> None:
+    """An entry whose module does not import would be checked by nobody."""
+    assert not BROKEN

@@ -44,7 +44,7 @@ def run(report: Callable[[str], None]) -> Finding:
         return call
 
     def softmax(length: int) -> Callable[[], object]:
-        query, key, value = _inputs(length, heads)
+        query, key, value = _inputs(length, 1)
 
         def call() -> None:
             for _ in range(LONG // length):
@@ -60,7 +60,7 @@ def run(report: Callable[[str], None]) -> Finding:
                 "softmax_short": softmax(SHORT),
                 "softmax_long": softmax(LONG),
             },
-            rounds=9,
+            rounds=7,
             warmup=2,
         )
     tiled_growth = median_ratio(taken["tiled_long"], taken["tiled_short"])
@@ -69,10 +69,12 @@ def run(report: Callable[[str], None]) -> Finding:
     measured["time_per_token_ratio_8192_over_1024_tiled"] = round(tiled_growth, 3)
     measured["time_per_token_ratio_8192_over_1024_explicit_softmax"] = round(softmax_growth, 3)
 
-    trained = interleaved({"short": tiled(SHORT, True), "long": tiled(LONG, True)}, rounds=7, warmup=2)
-    training_growth = median_ratio(trained["long"], trained["short"])
-    measured["time_per_token_ratio_8192_over_1024_tiled_forward_and_backward"] = round(training_growth, 3)
-    report(f"forward and backward: {training_growth:.2f}")
+    lengths = (SHORT, LONG // 2, LONG)
+    trained = interleaved({str(length): tiled(length, True) for length in lengths}, rounds=7, warmup=2)
+    for length in lengths[:2]:
+        growth = median_ratio(trained[str(LONG)], trained[str(length)])
+        measured[f"time_per_token_ratio_8192_over_{length}_tiled_forward_and_backward"] = round(growth, 3)
+        report(f"forward and backward, 8192 over {length}: {growth:.2f}")
 
     faster = {}
     with torch.no_grad():
@@ -101,6 +103,7 @@ def run(report: Callable[[str], None]) -> Finding:
         holds,
         "Holds if time per token of the tiled form at 8192 tokens is within 1.3 times that at 1024, that of explicit "
         "softmax grows at least 4 times (8 is expected), and the tiled form is at least 5 times faster than the "
-        "cumulative sum of all states at 4096 and 8192 tokens. The quality of language models up to 7B parameters is "
-        "not measured here.",
+        "cumulative sum of all states at 4096 and 8192 tokens. These are forward passes; training passes are timed "
+        "beside them and decide nothing: the smaller working set at 1024 tokens may profit from caches, which was not "
+        "separated out. The quality of language models up to 7B parameters is not measured here.",
     )
