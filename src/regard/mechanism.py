@@ -170,10 +170,7 @@ class Mechanism(nn.Module, Traits):
 
         ``value`` is read only by mechanisms whose choice of keys depends on the values (``value_linear`` is False).
         """
-        if not self.value_linear:
-            raise UnsupportedPatternError(
-                f"{self._name} is not linear in the values, so it implies no attention matrix."
-            )
+        self._require_value_linear()
         probe = key.new_empty(*key.shape[:3], 0) if value is None else value
         request = self.request(query, key, probe, causal, mask, grid, scale)
         batch, kv_heads, k_len, _ = key.shape
@@ -222,6 +219,12 @@ class Mechanism(nn.Module, Traits):
         self._require_decoding()
         state = state.append(key, value)
         return self(query, state.key, state.value, causal=True), state
+
+    def _require_value_linear(self) -> None:
+        if not self.value_linear:
+            raise UnsupportedPatternError(
+                f"{self._name} is not linear in the values, so it implies no attention matrix."
+            )
 
     def _require_decoding(self) -> None:
         if not self.decodes:

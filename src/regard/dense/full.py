@@ -49,5 +49,6 @@ class FullAttention(Mechanism):
         scale: float | None = None,
     ) -> Tensor:
         """The softmax itself, which costs less than feeding the identity as values."""
+        self._require_value_linear()
         request = self.request(query, key, key, causal, mask, grid, scale)
         return dense_weights(query, key, causal=causal, mask=request.mask, bias=request.bias, scale=scale)

@@ -18,6 +18,8 @@ __all__ = ["Group", "Plan", "plan_of"]
 
 # Masks inside partial blocks are kept when they take at most this many bytes, else evaluated a stretch at a time.
 _KEPT = 1 << 25
+# Pairs whose mask is evaluated at once.
+_EVALUATED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,12 @@ class Plan:
 
 
 def _evaluate(layout: BlockLayout, places: Tensor) -> Tensor:
+    """The masks at these places, a few at a time: rules make temporaries much larger than their result."""
+    step = max(_EVALUATED // (layout.block_q * layout.block_k), 1)
+    return torch.cat([_seen(layout, part) for part in places.split(step, 1)])
+
+
+def _seen(layout: BlockLayout, places: Tensor) -> Tensor:
     batch, head, q_block, k_block = (place[:, None, None] for place in places)
     device = places.device
     query = q_block * layout.block_q + torch.arange(layout.block_q, device=device)[:, None]

@@ -127,6 +127,7 @@ def run(report: Callable[[str], None]) -> Finding:
         "Holds if explicit softmax attention takes at least 4 times as long at 8192 tokens (49 agents, d = 64, "
         "forward), and a digits classifier with 9 agents is, in the mean of three seeds, at most 1 point below softmax "
         "and above itself without the depthwise convolution and with random agents that are not trained. All train for "
-        f"{STEPS} steps, the same number, at which softmax (without convolution or bias) still learns. The paper's "
-        "claims on ImageNet, COCO and Stable Diffusion need those models.",
+        f"{STEPS} steps, the same number, at which softmax (without convolution or bias) still learns. Rate "
+        "and scale of the positions were set after one trial on seed 0 at which all were far from trained (rate 3e-3, "
+        "scale 0.02: random agents 90 %, pooled 87 %, softmax 37 %). The paper's claims on ImageNet, COCO and Stable Diffusion need those models.",
     )

@@ -181,8 +181,8 @@ class DynamicMask(Mechanism):
         """Scores of the keys ``(batch, num_kv_heads, length)``."""
         if value.shape[1] != self.num_kv_heads or value.shape[3] != self.head_dim:
             raise ShapeError(
-                f"This mechanism scores values of {self.num_kv_heads} heads of {self.head_dim}, not {tuple(value.shape)}. "
-                "Build it with num_kv_heads and head_dim of the model."
+                f"This mechanism scores values of {self.num_kv_heads} heads of {self.head_dim}, "
+                f"not {tuple(value.shape)}. Build it with num_kv_heads and head_dim of the model."
             )
         return dma_scores(value, self.dt.weight, self.A, self.form)
 

@@ -40,7 +40,6 @@ from regard.kernels import (
     accumulation_dtype,
     block_sparse_attention,
     expand_groups,
-    masked_softmax,
     merge_attentions,
 )
 from regard.layers.rotary import apply_rotary, rotary_angles
@@ -170,18 +169,24 @@ class OnlineKMeans(nn.Module):
 def _members(affinity: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """The ``window`` tokens of largest affinity of each cluster, in order of position, and whether each counts.
 
-    ``affinity`` ``(batch, heads, length, clusters)``, ``-inf`` for what must not be routed. Returns ``(batch, heads,
+    ``affinity`` ``(batch, heads, clusters, length)``, ``-inf`` for what must not be routed. Returns ``(batch, heads,
     clusters, window)`` twice.
     """
-    best = affinity.mT.topk(min(window, affinity.shape[2]), dim=-1)
+    best = affinity.topk(min(window, affinity.shape[3]), dim=-1, sorted=False)
     index, order = best.indices.sort(-1)
     return index, best.values.gather(-1, order) > float("-inf")
 
 
+def _flat(index: Tensor, length: int) -> Tensor:
+    """Where token indices ``(batch, heads, clusters, window)`` stand among all ``(batch, heads, length)``, flat."""
+    batch, heads = index.shape[:2]
+    lanes = torch.arange(batch * heads, device=index.device).view(batch, heads, 1, 1) * length
+    return (index + lanes).flatten()
+
+
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """``(batch, heads, length, dim)`` at ``(batch, heads, clusters, window)`` -> ``(..., window, dim)``."""
-    flat = index.flatten(2)
-    return x.gather(2, flat[..., None].expand(-1, -1, -1, x.shape[-1])).view(*index.shape, x.shape[-1])
+    return x.flatten(0, 2).index_select(0, _flat(index, x.shape[2])).view(*index.shape, x.shape[-1])
 
 
 def routing_attention(
@@ -215,8 +220,8 @@ def routing_attention(
     v = expand_groups(value, heads).to(q.dtype)
     scale = (1.0 if arithmetic == "official" else q.shape[-1] ** -0.5) if scale is None else scale
     with torch.no_grad():
-        mu = centroids.to(q.dtype).mT
-        to_q, to_k = q @ mu, k @ mu
+        mu = centroids.to(q.dtype)
+        to_q, to_k = mu @ q.mT, mu @ k.mT
     # With causality the own key is taken out of the clusters and put in again by its logit, so that no query is
     # without a key and none has it twice.
     own = causal or shared_qk
@@ -232,7 +237,11 @@ def routing_attention(
 
 
 def _own_part(q: Tensor, k: Tensor, v: Tensor, scale: float, alone: bool) -> tuple[Tensor, Tensor]:
-    """The part of the attention that is the query's own key: its value and its logit."""
+    """The part of the attention that is the query's own key: its value and its logit (any, before the first key)."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    if q_len != k_len:
+        at = torch.arange(k_len - q_len, k_len, device=q.device).clamp_min(0)
+        k, v = k[:, :, at], v[:, :, at]
     logit = (q * k).sum(-1) * scale
     return v, torch.full_like(logit, _ALONE) if alone else logit
 
@@ -256,37 +265,41 @@ def _balanced(
     k_len = k.shape[2]
     with torch.no_grad():
         if keys is not None:
-            to_k = to_k.masked_fill(~keys[..., None], float("-inf"))
+            to_k = to_k.masked_fill(~keys[:, :, None], float("-inf"))
         k_index, k_valid = _members(to_k, spans[1])
         q_index, q_valid = (k_index, k_valid) if shared else _members(to_q, spans[0])
         rows, columns = q_index[..., None], k_index[..., None, :]
-        seen = k_valid[..., None, :] & q_valid[..., None]
-        if visible is not None:
-            seen = seen & visible.at(rows, columns, q_len, k_len)
         position = q_index + (k_len - q_len)
-        if own:
-            seen = seen & (columns != position[..., None])
-    scores = _rows(q, q_index) @ _rows(k, k_index).mT * scale
-    out = masked_softmax(scores, seen) @ _rows(v, k_index)
-    there = seen.any(-1)
+        hidden = columns == position[..., None] if own else torch.zeros_like(rows == columns)
+        if visible is not None:
+            hidden |= ~visible.at(rows, columns, q_len, k_len)
+        if keys is not None:
+            hidden |= ~k_valid[..., None, :] | ~q_valid[..., None]
+    scores = (_rows(q * scale, q_index) @ _rows(k, k_index).mT).masked_fill(hidden, float("-inf"))
+    top = scores.detach().amax(-1)
     if own:
-        at = position.clamp_min(0)
-        own_value, own_lse = _own_part(_rows(q, q_index), _rows(k, at), _rows(v, at), scale, alone)
+        own_value, logit = _own_part(q, k, v, scale, alone)
         self_seen = (position >= 0) & q_valid
         if visible is not None:
-            self_seen = self_seen & visible.at(rows, at[..., None], q_len, k_len)[..., 0]
-        lse = torch.where(
-            there, scores.masked_fill(~(seen | ~there[..., None]), float("-inf")).logsumexp(-1), -torch.inf
-        )
-        own_lse = own_lse.masked_fill(~self_seen, float("-inf"))
-        out, _ = merge_attentions((out, own_value), (lse, own_lse))
-        there = there | self_seen
-    lanes = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1) * q_len
-    flat = (q_index + lanes).flatten()
-    total = out.new_zeros(batch * heads * q_len, v.shape[-1]).index_add(0, flat, out.flatten(0, 3))
+            self_seen = self_seen & visible.at(rows, position.clamp_min(0)[..., None], q_len, k_len)[..., 0]
+        logit = _rows(logit[..., None], q_index)[..., 0].masked_fill(~self_seen, float("-inf"))
+        top = torch.maximum(top, logit.detach())
+    top = torch.where(top.isfinite(), top, 0)
+    weights = (scores - top[..., None]).exp()
+    total, flat = weights.sum(-1), _flat(q_index, q_len)
+    if own:
+        share = (logit - top).exp()
+        total = total + share
+    there = total > 0
+    safe = torch.where(there, total, 1)
+    out = (weights @ _rows(v, k_index)) / safe[..., None]
+    mean = out.new_zeros(batch * heads * q_len, v.shape[-1]).index_add(0, flat, out.flatten(0, 3))
+    if own:
+        # A token's own value is the same in all its clusters: its shares are added up, and the value taken once.
+        shares = out.new_zeros(batch * heads * q_len).index_add(0, flat, (share / safe).flatten())
+        mean = mean + shares[:, None] * own_value.flatten(0, 2)
     counts = out.new_zeros(batch * heads * q_len).index_add(0, flat, there.flatten().to(out.dtype))
-    mean = total / torch.where(counts > 0, counts + count_eps, 1)[:, None]
-    return mean.view(batch, heads, q_len, -1)
+    return (mean / torch.where(counts > 0, counts + count_eps, 1)[:, None]).view(batch, heads, q_len, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -348,8 +361,8 @@ def _strict(
 ) -> Tensor:
     batch, heads, q_len, _ = q.shape
     k_len = k.shape[2]
-    q_cluster, q_order = to_q.argmax(-1).flatten(0, 1).sort(dim=-1, stable=True)
-    k_cluster, k_order = to_k.argmax(-1).flatten(0, 1).sort(dim=-1, stable=True)
+    q_cluster, q_order = to_q.argmax(2).flatten(0, 1).sort(dim=-1, stable=True)
+    k_cluster, k_order = to_k.argmax(2).flatten(0, 1).sort(dim=-1, stable=True)
 
     def sort(x: Tensor, order: Tensor) -> Tensor:
         return x.flatten(0, 1).gather(1, order[..., None].expand(-1, -1, x.shape[-1]))[:, None]
@@ -366,7 +379,7 @@ def _strict(
     lse = found[1][:, 0].gather(1, back).view(batch, heads, q_len)
     position = torch.arange(k_len - q_len, k_len, device=q.device)
     at = position.clamp_min(0)
-    own_value, own_lse = _own_part(q, k[:, :, at], v[:, :, at], scale, alone)
+    own_value, own_lse = _own_part(q, k, v, scale, alone)
     self_seen = (position >= 0).expand(1, 1, -1)
     if visible is not None:
         rows = torch.arange(q_len, device=q.device)[None, None]
@@ -568,7 +581,7 @@ class RoutingReport:
 def routing_report(x: Tensor, centroids: Tensor, window: int, arithmetic: Arithmetic = "official") -> RoutingReport:
     """What routing makes of queries or keys ``x`` ``(batch, num_heads, length, head_dim)``."""
     affinity = to_sphere(x, arithmetic) @ centroids.to(accumulation_dtype(x.dtype)).mT
-    index, _ = _members(affinity, window)
+    index, _ = _members(affinity.mT, window)
     ones = torch.ones_like(index.flatten(2), dtype=torch.float32)
     member = torch.zeros(x.shape[:3], device=x.device).scatter_add_(2, index.flatten(2), ones)
     sizes = F.one_hot(affinity.argmax(-1), centroids.shape[1]).sum((0, 2)).to(torch.float64)
