@@ -214,10 +214,14 @@ def compare_command(
     stopped = False
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("loading", total=None)
+
+        def tell(line: str) -> None:
+            progress.update(task, description=line)
+            if not console.is_terminal and line.endswith((": measuring", "an earlier run")):
+                click.echo(line)
+
         try:
-            result: Comparison | None = compare(
-                plan, out=out, report=lambda line: progress.update(task, description=line)
-            )
+            result: Comparison | None = compare(plan, out=out, report=tell)
         except KeyboardInterrupt:
             stopped, result = True, None if out is None else Comparison.load(out)
     if result is not None:

@@ -76,5 +76,5 @@ def test_a_browser_draws_it_without_errors(tmp_path: Path, size: str) -> None:
     assert table.count("<tr>") == 3
     assert done.stdout.count("<circle") == 3
     assert done.stdout.count('class="head"') == 4
-    assert "full attention, layer 0, head 0" in done.stdout
+    assert "full attention, layer 1, head 0" in done.stdout
     assert "cbam (not applicable)" in done.stdout

@@ -28,6 +28,9 @@ __all__ = ["block_sparse_attention"]
 
 FORMS = ("reference", "gather", "native", "flex")
 
+# Up to so many queries (decoding) the whole rows cost less than finding out what to leave out.
+_FEW = 8
+
 
 def block_sparse_attention(
     query: Tensor,
@@ -51,6 +54,8 @@ def block_sparse_attention(
             f"got {query.shape[2]} and {key.shape[2]}."
         )
     form = resolve("block_sparse", backend, FORMS)
+    if form == "auto" and query.shape[2] <= _FEW and not return_lse:
+        return dense_attention(query, key, value, mask=Boolean(layout.dense()), scale=scale)
     if form == "reference":
         mask = Boolean(layout.dense())
         if return_lse:

@@ -159,7 +159,7 @@ class _Plan:
         self, group: _Group, queries: Tensor, keys: Tensor, values: Tensor, part: Tensor, lse: Tensor, total: Tensor
     ) -> bool:
         """Torch's fused CPU attention where it can: without a mask, or on causal squares. Says whether it did."""
-        if not _FUSED or queries.is_cuda or keys.shape[-1] != values.shape[-1] or group.tail is not None:
+        if not _FUSED or queries.device.type != "cpu" or keys.shape[-1] != values.shape[-1] or group.tail is not None:
             return False
         if group.masked and not self._square(group):
             return False

@@ -149,6 +149,9 @@ class _Work:
         self.lists = plan.indices.reshape(-1, plan.indices.shape[-1])
         self.blocks = plan.indices.shape[2]
         self.group_heads = query.shape[1] // self.heads
+        # One workspace serves the scores of all groups, so that its pages stay warm.
+        most = max((len(self.lists[units]) for units in self.groups()), default=0)
+        self.space = self.queries.new_empty(most * self.queries.shape[1] * self.lists.shape[1])
 
     def groups(self) -> Iterator[slice]:
         return self.plan.groups(self.group_heads, max(self.keys.shape[-1], self.values.shape[-1]))
@@ -163,7 +166,9 @@ class _Work:
         return tensor.index_select(0, at.flatten()).view(*at.shape, -1)
 
     def scores(self, units: slice, keys: Tensor, at: Tensor, gathered: Tensor) -> Tensor:
-        scores = self.queries[units] @ gathered.transpose(-1, -2)
+        queries = self.queries[units]
+        scores = self.space[: len(keys) * queries.shape[1] * keys.shape[1]].view(len(keys), queries.shape[1], -1)
+        torch.bmm(queries, gathered.transpose(-1, -2), out=scores)
         offset = torch.zeros_like(at, dtype=self.work)
         if self.bias.numel():
             offset = self.take(self.bias, at)[..., 0]

@@ -1,0 +1,1 @@
+"""Mechanisms that form all pairs."""
