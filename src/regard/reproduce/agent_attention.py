@@ -129,5 +129,6 @@ def run(report: Callable[[str], None]) -> Finding:
         "and above itself without the depthwise convolution and with random agents that are not trained. All train for "
         f"{STEPS} steps, the same number, at which softmax (without convolution or bias) still learns. Rate "
         "and scale of the positions were set after one trial on seed 0 at which all were far from trained (rate 3e-3, "
-        "scale 0.02: random agents 90 %, pooled 87 %, softmax 37 %). The paper's claims on ImageNet, COCO and Stable Diffusion need those models.",
+        "scale 0.02: random agents 90 %, pooled 87 %, softmax 37 %). The paper's claims on ImageNet, COCO and Stable "
+        "Diffusion need those models.",
     )
