@@ -13,7 +13,7 @@ MECHANISMS = ("moba", "spargeattn")
 
 def run(report: Report, quick: bool) -> list[Row]:
     """The selectors' share at 16k tokens."""
-    heads, length, rounds = (2, 2048, 2) if quick else (8, 16384, 5)
+    heads, length, rounds = (2, 2048, 2) if quick else (8, 16384, 3)
     tensors = inputs(heads, length)
     rows = []
     for name in MECHANISMS:

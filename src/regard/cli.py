@@ -193,7 +193,7 @@ def compare_command(
     """Measure what mechanisms cost and change on a real model and real text."""
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtraError("regard compare", "transformers")
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from regard.bench.compare import Comparison, Plan, compare, default_mechanisms
     from regard.bench.report import write_report
@@ -212,16 +212,19 @@ def compare_command(
     )
     plan = Plan(model, text, names, length, windows, options, train)
     stopped = False
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("loading", total=None)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("loading", total=len(names))
 
         def tell(line: str) -> None:
-            progress.update(task, description=line)
+            name = line.split(":")[0]
+            progress.update(task, description=line, completed=names.index(name) if name in names else None)
             if not console.is_terminal and line.endswith((": measuring", "an earlier run")):
                 click.echo(line)
 
         try:
             result: Comparison | None = compare(plan, out=out, report=tell)
+            progress.update(task, description="done", completed=len(names))
         except KeyboardInterrupt:
             stopped, result = True, None if out is None else Comparison.load(out)
     if result is not None:
