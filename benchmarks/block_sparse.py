@@ -77,7 +77,9 @@ def compare(
     density: float,
     rounds: int,
     targets: tuple[float, float] | None,
+    competitors: bool = True,
 ) -> list[Row]:
+    """Rows of one setting; ``competitors``: beside what a user would take instead."""
     plain, tracked = inputs(heads, length, kv_heads=kv_heads), inputs(heads, length, kv_heads=kv_heads, grad=True)
     calls: dict[str, Callable[[], object]] = {
         "dense": lambda: _dense(*plain),
@@ -92,6 +94,8 @@ def compare(
             ours = partial(block_sparse_attention, layout=layout)
             calls[name], calls[f"{name} backward"] = partial(ours, *plain), gradients(ours, tracked)
             densities[name] = layout.density()
+        if not competitors:
+            continue
         name = f"random, blocks of {block}, FlexAttention"
         if targets and _runs(report, partial(block_sparse_attention, *plain, layouts["random"], backend="flex")):
             calls[name] = partial(block_sparse_attention, *plain, layouts["random"], backend="flex")
