@@ -36,6 +36,7 @@ __all__ = [
     "Mask",
     "MaskMod",
     "Neighborhood",
+    "PerHead",
     "Predicate",
     "Prefix",
     "Reindexed",
@@ -626,6 +627,64 @@ class _Either(_Pair):
     def key_validity(self, k_len: int) -> Tensor | None:
         first, second = self.first.key_validity(k_len), self.second.key_validity(k_len)
         return None if first is None or second is None else first | second.to(first.device)
+
+
+@dataclass(frozen=True)
+class PerHead(Mask):
+    """A rule of its own for every head: ``masks[h]`` holds for head ``h``, each the same for all heads by itself."""
+
+    masks: tuple[Mask, ...]
+
+    def __post_init__(self) -> None:
+        if not self.masks or any(mask.heads != 1 for mask in self.masks):
+            raise OptionError("PerHead takes at least one mask, each of which knows no heads of its own.")
+        if len({mask.batch for mask in self.masks} - {1}) > 1:
+            raise ShapeError("PerHead's masks are for different batch sizes.")
+
+    @property
+    def batch(self) -> int:
+        return max(mask.batch for mask in self.masks)
+
+    @property
+    def heads(self) -> int:
+        return len(self.masks)
+
+    def _distinct(self) -> dict[Mask, list[int]]:
+        """Each rule and the heads that it holds for; equal rules count once."""
+        groups: dict[Mask, list[int]] = {}
+        for head, mask in enumerate(self.masks):
+            groups.setdefault(mask, []).append(head)
+        return groups
+
+    def mod(self, q_len: int, k_len: int) -> MaskMod:
+        rules = [(_indexed(mask, q_len, k_len), heads) for mask, heads in self._distinct().items()]
+
+        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            found = None
+            for rule, heads in rules:
+                own = h == heads[0]
+                for head in heads[1:]:
+                    own = own | (h == head)
+                here = own & rule(b, h, q, k)
+                found = here if found is None else found | here
+            assert found is not None
+            return found
+
+        return seen
+
+    def bounds(self, q_blocks: Tensor, k_blocks: Tensor, q_len: int, k_len: int) -> Bounds:
+        parts = {mask: mask.bounds(q_blocks, k_blocks, q_len, k_len) for mask in self._distinct()}
+        wide = [[part.expand(self.batch, 1, *part.shape[2:]) for part in parts[mask]] for mask in self.masks]
+        possible, certain = (torch.cat(column, 1) for column in zip(*wide, strict=True))
+        return possible, certain
+
+    def key_validity(self, k_len: int) -> Tensor | None:
+        valid = [mask.key_validity(k_len) for mask in self.masks]
+        found = [v.expand(self.batch, 1, k_len) for v in valid if v is not None]
+        return torch.cat(found, 1) if len(found) == len(valid) else None
+
+    def to(self, device: torch.device | str) -> Mask:
+        return PerHead(tuple(mask.to(device) for mask in self.masks))
 
 
 def _indexed(mask: Mask, q_len: int, k_len: int) -> MaskMod:

@@ -1,4 +1,5 @@
-"""Relative position biases: a learned number per head and offset, added to the logits of pairs at that offset."""
+"""Relative position biases, added to the logits of pairs: a learned number per head and offset, a small network of the
+offset, or a learned vector per row and column offset that meets the query."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError
 
-__all__ = ["RelativePositionBias", "relative_offsets", "resize_rel_bias"]
+__all__ = [
+    "ContinuousPositionBias",
+    "RelativePositionBias",
+    "RowColumnPositions",
+    "relative_offsets",
+    "resize_rel_bias",
+]
 
 
 def relative_offsets(window: tuple[int, ...], device: torch.device) -> Tensor:
@@ -52,6 +59,72 @@ class RelativePositionBias(nn.Module):
         if len(sides) != len(self.window) or any(a > b for a, b in zip(sides, self.window, strict=True)):
             raise ShapeError(f"A table for windows of {self.window} has no bias for {sides}; see resize_rel_bias.")
         return self.at(relative_offsets(sides, self.table.device))
+
+
+class ContinuousPositionBias(nn.Module):
+    """A small network of log-spaced offsets gives the bias, so that it reaches windows that were never trained.
+
+    ``16 sigmoid(W_2 relu(W_1 c))`` with ``c_a = sign(o_a) log2(1 + 8 |o_a| / (w_a - 1)) / log2(8)`` per axis: Liu et
+    al., "Swin Transformer V2", 2021, arXiv 2111.09883, section 3.3. window: the sides that offsets are measured by.
+    """
+
+    def __init__(self, window: Sequence[int], num_heads: int, hidden: int = 512) -> None:
+        super().__init__()
+        if not window or min(window) < 1 or num_heads < 1:
+            raise OptionError(f"A bias needs a window and heads of at least 1; got {tuple(window)}, {num_heads}.")
+        self.window, self.num_heads = tuple(window), num_heads
+        self.network = nn.Sequential(
+            nn.Linear(len(self.window), hidden), nn.ReLU(), nn.Linear(hidden, num_heads, bias=False)
+        )
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}, num_heads={self.num_heads}"
+
+    def at(self, offsets: Tensor) -> Tensor:
+        """The bias at integer ``offsets`` ``(..., axes)``: ``(num_heads, ...)``."""
+        weight = next(self.network.parameters())
+        reach = torch.tensor([max(side - 1, 1) for side in self.window], device=weight.device)
+        relative = 8 * offsets.to(weight.device, weight.dtype) / reach
+        spaced = relative.sign() * torch.log2(1 + relative.abs()) / math.log2(8)
+        return 16 * torch.sigmoid(self.network(spaced)).movedim(-1, 0)
+
+    def forward(self, window: Sequence[int] | None = None) -> Tensor:
+        """``(num_heads, n, n)`` for all pairs of a window of any size."""
+        sides = self.window if window is None else tuple(window)
+        if len(sides) != len(self.window):
+            raise ShapeError(f"A bias on {len(self.window)} axes has no value for windows of {sides}.")
+        return self.at(relative_offsets(sides, next(self.network.parameters()).device))
+
+
+class RowColumnPositions(nn.Module):
+    """Learned vectors per offset on each axis that meet the query: ``q_i . (r_1[o_1] + r_2[o_2] + ...)``.
+
+    ``o`` is key position minus query position, from ``-reach`` to ``reach`` on each axis. Bello et al., "Attention
+    Augmented Convolutional Networks", 2019, arXiv 1904.09925, section 3.1.1. ``tables``: ``(2 reach + 1, head_dim)``
+    per axis, shared by the heads, from a normal distribution of deviation ``head_dim ** -0.5``.
+    """
+
+    def __init__(self, reach: Sequence[int], head_dim: int) -> None:
+        super().__init__()
+        if not reach or min(reach) < 0 or head_dim < 1:
+            raise OptionError(
+                f"Need reaches of at least 0 and a head_dim of at least 1; got {tuple(reach)}, {head_dim}."
+            )
+        self.reach = tuple(reach)
+        self.tables = nn.ParameterList(torch.randn(2 * far + 1, head_dim) * head_dim**-0.5 for far in self.reach)
+
+    def forward(self, query: Tensor, offsets: Sequence[Tensor]) -> Tensor:
+        """``query (..., q_len, head_dim)``; offsets: an integer tensor ``(q_len, k_len)`` an axis -> logits ``(...,
+        q_len, k_len)``, not scaled."""
+        total: Tensor | None = None
+        for table, far, offset in zip(self.tables, self.reach, offsets, strict=True):
+            if int(offset.abs().max()) > far:
+                raise ShapeError(f"Offsets up to {int(offset.abs().max())} exceed the table's reach of {far}.")
+            logits = query @ table.to(query.dtype).T
+            part = logits.gather(-1, (offset + far).expand(*logits.shape[:-1], -1))
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
 
 def resize_rel_bias(table: Tensor, new_window: Sequence[int], window: Sequence[int] | None = None) -> Tensor:

@@ -27,6 +27,8 @@ from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError, ShapeError
 from regard.kernels import dense_attention
 from regard.layers.drop_path import DropPath
+from regard.layers.maps import space_of
+from regard.layers.mlp import Mlp
 from regard.layers.position_bias import RelativePositionBias, resize_rel_bias
 from regard.local.windows import (
     WindowPlan,
@@ -219,12 +221,6 @@ class WindowAttention(nn.Module):
         return merged
 
 
-class _Mlp(nn.Sequential):
-    def __init__(self, embed_dim: int, mlp_ratio: float) -> None:
-        hidden = int(embed_dim * mlp_ratio)
-        super().__init__(nn.Linear(embed_dim, hidden), nn.GELU(), nn.Linear(hidden, embed_dim))
-
-
 class SwinBlock(Layer):
     """``x + DropPath(attention(norm(x)))``, then ``x + DropPath(mlp(norm(x)))``, on ``(batch, length, channels)``.
 
@@ -255,16 +251,16 @@ class SwinBlock(Layer):
         self.attention = WindowAttention(embed_dim, window, num_heads, qkv_bias, impl)
         self.drop_path = DropPath(drop_path)
         self.mlp_norm = nn.LayerNorm(embed_dim)
-        self.mlp = _Mlp(embed_dim, mlp_ratio)
+        self.mlp = Mlp(embed_dim, mlp_ratio)
 
     def forward(self, x: Tensor, *, grid: Sequence[int] | None = None) -> Tensor:
         """``(batch, length, channels)`` in and out, ``grid`` = (height, width)."""
-        space = as_map(x, grid)
+        space = space_of(x, grid)
         x = x + self.drop_path(self._windows(self.attention_norm(x), space))
         out: Tensor = x + self.drop_path(self.mlp(self.mlp_norm(x)))
         return out
 
-    def _windows(self, x: Tensor, space: tuple[int, int]) -> Tensor:
+    def _windows(self, x: Tensor, space: tuple[int, ...]) -> Tensor:
         sides, moves = fit_window(space, (self.window,) * 2, (self.shift,) * 2)
         plan = window_plan(space, sides, moves, x.device)
         mask = plan.visible()
@@ -308,16 +304,16 @@ class SwinMLPBlock(Layer):
         self.mixing = nn.Conv1d(tokens, tokens, kernel_size=1, groups=num_heads)
         self.drop_path = DropPath(drop_path)
         self.mlp_norm = nn.LayerNorm(embed_dim)
-        self.mlp = _Mlp(embed_dim, mlp_ratio)
+        self.mlp = Mlp(embed_dim, mlp_ratio)
 
     def forward(self, x: Tensor, *, grid: Sequence[int] | None = None) -> Tensor:
         """``(batch, length, channels)`` in and out, ``grid`` = (height, width)."""
-        space = as_map(x, grid)
+        space = space_of(x, grid)
         x = x + self.drop_path(self._mixed(self.mixing_norm(x), space))
         out: Tensor = x + self.drop_path(self.mlp(self.mlp_norm(x)))
         return out
 
-    def _mixed(self, x: Tensor, space: tuple[int, int]) -> Tensor:
+    def _mixed(self, x: Tensor, space: tuple[int, ...]) -> Tensor:
         # A shift is a border of zeros here, not a roll: a fixed matrix cannot leave tokens out.
         before = self.window - self.shift if self.shift and min(space) > self.window else 0
         sides = (self.window,) * 2
@@ -339,16 +335,9 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * embed_dim)
         self.reduction = nn.Linear(4 * embed_dim, 2 * embed_dim, bias=False)
 
-    def forward(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
+    def forward(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
         """``(batch, length, C)`` and its grid -> ``(batch, length / 4, 2 C)`` and the new grid."""
-        image = pad_to_windows(x.unflatten(1, as_map(x, grid)), (2, 2))
+        image = pad_to_windows(x.unflatten(1, space_of(x, grid)), (2, 2))
         cells = torch.cat([image[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], -1)
         merged = self.reduction(self.norm(cells))
         return merged.flatten(1, 2), (merged.shape[1], merged.shape[2])
-
-
-def as_map(x: Tensor, grid: Sequence[int] | None) -> tuple[int, int]:
-    """The (height, width) behind ``x (batch, length, channels)``."""
-    if grid is None or len(grid) != 2 or grid[0] * grid[1] != x.shape[1]:
-        raise ShapeError(f"grid=(height, width) with height * width = {x.shape[1]} is needed, got {grid}.")
-    return grid[0], grid[1]
