@@ -8,11 +8,13 @@ from regard.kernels.block_sparse import block_sparse_attention
 from regard.kernels.dense import dense_attention, dense_weights, masked_softmax
 from regard.kernels.linear import LinearState, linear_attention, linear_step
 from regard.kernels.merge import merge_attentions
+from regard.kernels.neighbors import Neighbors, neighbor_mix, neighbor_scatter, neighbor_scores
 from regard.kernels.shapes import accumulation_dtype, expand_groups, score_scale
 from regard.kernels.token_sparse import token_sparse_attention
 
 __all__ = [
     "LinearState",
+    "Neighbors",
     "accumulation_dtype",
     "block_sparse_attention",
     "current_backend",
@@ -23,6 +25,9 @@ __all__ = [
     "linear_step",
     "masked_softmax",
     "merge_attentions",
+    "neighbor_mix",
+    "neighbor_scatter",
+    "neighbor_scores",
     "score_scale",
     "token_sparse_attention",
     "use_backend",
