@@ -204,7 +204,7 @@ def neighbor_scatter(weights: Tensor, source: Tensor, neighbors: Neighbors, *, b
 def _check(neighbors: Neighbors, rows: Tensor, keys: Tensor) -> None:
     if rows.dim() != 4 or keys.dim() != 4 or rows.shape[2] != neighbors.q_len or keys.shape[2] != neighbors.k_len:
         raise ShapeError(
-            f"These neighbours are for {neighbors.q_len} queries and {neighbors.k_len} keys, (batch, heads, length, dim); "
+            f"These neighbours take {neighbors.q_len} queries, {neighbors.k_len} keys, (batch, heads, length, dim); "
             f"got {tuple(rows.shape)} and {tuple(keys.shape)}."
         )
 
