@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regard.kernels import query_gather
-from regard.kernels.query_gather import query_gather_attention
+from regard.kernels import block_sparse_attention, query_gather
 from regard.layout import BlockLayout, num_blocks
 from regard.masks import Causal, KeyPadding, Mask, SlidingWindow
 
@@ -45,7 +44,7 @@ def test_agrees_with_the_reference(
     weights = torch.randn(2, 4, q_len, 5, generator=generator, dtype=torch.float64)
     results = []
     for backend in ("merged", "reference"):
-        out, lse = query_gather_attention(*tensors, layout, return_lse=True, backend=backend)
+        out, lse = block_sparse_attention(*tensors, layout, return_lse=True, backend=backend)
         total = (out * weights).sum() + torch.where(lse.isfinite(), lse, 0).sin().sum()
         results.append((out, lse, *torch.autograd.grad(total, tensors)))
     for ours, expected in zip(*results, strict=True):
@@ -56,7 +55,7 @@ def test_rows_with_nothing_to_see_are_zeros() -> None:
     query, key, value = (torch.randn(1, 1, 9, 4, requires_grad=True) for _ in range(3))
     base = BlockLayout.of(Causal(), 9, 9, 1, 4)
     layout = base.only(torch.arange(9)[None, None, :, None] % 2 == 0)
-    out, lse = query_gather_attention(query, key, value, layout, return_lse=True)
+    out, lse = block_sparse_attention(query, key, value, layout, return_lse=True, backend="merged")
     assert not bool(out[:, :, 1::2].any()) and bool((lse[:, :, 1::2] == float("-inf")).all())
     for grad in torch.autograd.grad(out.sum(), (query, key, value)):
         assert bool(torch.isfinite(grad).all())
@@ -67,7 +66,7 @@ def test_half_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 64, 16, generator=generator).to(dtype) for _ in range(3))
     layout = BlockLayout.of(Causal(), 64, 64, 1, 16)
-    out = query_gather_attention(query, key, value, layout)
-    exact = query_gather_attention(query.double(), key.double(), value.double(), layout, backend="reference")
+    out = block_sparse_attention(query, key, value, layout, backend="merged")
+    exact = block_sparse_attention(query.double(), key.double(), value.double(), layout, backend="reference")
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)

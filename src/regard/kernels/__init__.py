@@ -9,12 +9,14 @@ from regard.kernels.dense import dense_attention, dense_weights, masked_softmax
 from regard.kernels.linear import LinearState, linear_attention, linear_step
 from regard.kernels.merge import merge_attentions
 from regard.kernels.neighbors import Neighbors, neighbor_mix, neighbor_scatter, neighbor_scores
+from regard.kernels.score_bias import TableBias
 from regard.kernels.shapes import accumulation_dtype, expand_groups, score_scale
 from regard.kernels.token_sparse import token_sparse_attention
 
 __all__ = [
     "LinearState",
     "Neighbors",
+    "TableBias",
     "accumulation_dtype",
     "block_sparse_attention",
     "current_backend",

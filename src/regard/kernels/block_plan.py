@@ -14,10 +14,12 @@ from torch import Tensor
 
 from regard.layout import BlockLayout
 
-__all__ = ["Group", "Plan", "plan_of"]
+__all__ = ["Group", "Plan", "fingerprints", "plan_of"]
 
 # Masks inside partial blocks are kept when they take at most this many bytes, else evaluated a stretch at a time.
 _KEPT = 1 << 25
+# From so many bytes on, equal masks (as neighbourhoods have them all over a grid) are found and kept once.
+_ALIKE = 1 << 21
 # Pairs whose mask is evaluated at once.
 _EVALUATED = 1 << 20
 
@@ -73,11 +75,16 @@ class Plan:
         starts = torch.zeros(len(counts) + 1, dtype=torch.int64, device=visit.device)
         starts[1:] = counts.cumsum(0)
         columns = torch.arange(nk, dtype=torch.int32, device=visit.device).expand_as(wide)[wide]
-        return cls(starts, columns, number[wide], places, batch, heads)
+        tiles = number[wide]
+        if places.shape[1] * layout.block_q * layout.block_k > _ALIKE:
+            places, alike = _distinct(layout, places)
+            tiles = torch.where(tiles >= 0, alike[tiles.clamp_min(0)], -1).to(torch.int32)
+        return cls(starts, columns, tiles, places, batch, heads)
 
     def visible(self, layout: BlockLayout, tiles: Tensor | None = None) -> Tensor:
         """Boolean ``(masks, block_q, block_k)``: the pairs seen in these distinct masks (None: in all)."""
-        if self._kept is None and self.places.shape[1] * layout.block_q * layout.block_k <= _KEPT:
+        area = layout.block_q * layout.block_k
+        if self._kept is None and self.places.shape[1] * area <= _KEPT:
             self._kept = _evaluate(layout, self.places)
         if self._kept is not None:
             return self._kept if tiles is None else self._kept.index_select(0, tiles)
@@ -120,6 +127,26 @@ class Plan:
             keys = lane[:, None] * nk + self.columns[at]
             yield Group(rows, keys, empty if sizes[start] < len(slot) else None, (row, column), tiles[row, column])
             start = stop
+
+
+def fingerprints(rows: Tensor, seed: int = 0) -> Tensor:
+    """A 64-bit number per row of integers or booleans ``(rows, ...)``, equal for equal rows and else all but surely
+    different: a random linear form modulo 2^64."""
+    flat = rows.flatten(1)
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randint(-(1 << 62), 1 << 62, (flat.shape[1],), generator=generator).to(flat.device)
+    return torch.cat([(part * weights).sum(-1) for part in flat.split(max(_EVALUATED // flat.shape[1], 1))])
+
+
+def _distinct(layout: BlockLayout, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The places of masks that differ, and for each place which of those has its mask."""
+    step = max(_EVALUATED // (layout.block_q * layout.block_k), 1)
+    prints = torch.cat([fingerprints(_seen(layout, part)) for part in places.split(step, 1)])
+    distinct, alike = prints.unique(return_inverse=True)
+    first = torch.full_like(distinct, len(prints)).scatter_reduce_(
+        0, alike, torch.arange(len(prints), device=prints.device), "amin"
+    )
+    return places[:, first], alike
 
 
 def _evaluate(layout: BlockLayout, places: Tensor) -> Tensor:

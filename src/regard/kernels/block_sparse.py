@@ -1,35 +1,68 @@
 """Softmax attention over the blocks of a layout, any layout, per batch and head.
 
-``reference``: the dense form under the layout's mask. ``gather``: key blocks gathered for groups of query blocks, plain
-matrix products, recomputed in a hand-written backward pass; memory grows with the visited blocks of one group.
-``native``: C++ for CPUs, see :mod:`regard.kernels.native`; half precision is converted, float64 is not taken.
-``flex``: compiled FlexAttention (forward and backward on a GPU, forward alone on a CPU).
+``reference``: the dense form under the layout's mask. Fast forms, of which ``auto`` takes the one that suits the call:
+
+- ``gather``: key blocks gathered for groups of query blocks (:mod:`regard.kernels.block_gather`); runs anywhere;
+- ``fused``: a layout shared by all sequences and heads, through torch's fused CPU attention a few query blocks at a
+  time (:mod:`regard.kernels.shared_blocks`);
+- ``merged``: query blocks gathered for key blocks and merged by their log-sum-exp, for rows of single queries
+  (:mod:`regard.kernels.query_gather`);
+- ``native``: C++ for CPUs (:mod:`regard.kernels.native`); half precision is converted, float64 is not taken;
+- ``flex``: compiled FlexAttention (forward and backward on a GPU, forward alone on a CPU).
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regard.errors import BackendError, ShapeError
-from regard.kernels import native
+from regard.kernels import native, shared_blocks
 from regard.kernels.backends import resolve
-from regard.kernels.block_plan import Group, Plan, plan_of
+from regard.kernels.block_gather import GatheredBlocks
 from regard.kernels.dense import dense_attention
-from regard.kernels.shapes import accumulation_dtype, score_scale
+from regard.kernels.query_gather import MergedBlocks
+from regard.kernels.score_bias import TableBias
+from regard.kernels.shapes import score_scale
+from regard.kernels.shared_blocks import SharedBlocks
 from regard.layout import BlockLayout
 from regard.masks import Boolean
 
 __all__ = ["block_sparse_attention"]
 
-FORMS = ("reference", "gather", "native", "flex")
+FORMS = ("reference", "gather", "fused", "merged", "native", "flex")
 
 # Up to so many queries (decoding) the whole rows cost less than finding out what to leave out.
 _FEW = 8
+
+
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    bias: TableBias | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    *,
+    scale: float | None = ...,
+    bias: TableBias | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def block_sparse_attention(
@@ -39,10 +72,11 @@ def block_sparse_attention(
     layout: BlockLayout,
     *,
     scale: float | None = None,
+    bias: TableBias | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``softmax(scale q k^T) v`` over the pairs of ``layout``.
+    """``softmax(scale q k^T + bias) v`` over the pairs of ``layout``.
 
     query ``(batch, num_heads, q_len, head_dim)``; key and value ``(batch, kv_heads, k_len, ...)``, ``kv_heads``
     dividing ``num_heads``. Returns ``(batch, num_heads, q_len, value_dim)`` and, with ``return_lse``, the log-sum-exp
@@ -54,20 +88,66 @@ def block_sparse_attention(
             f"got {query.shape[2]} and {key.shape[2]}."
         )
     form = resolve("block_sparse", backend, FORMS)
-    if form == "auto" and query.shape[2] <= _FEW and not return_lse:
-        return dense_attention(query, key, value, mask=Boolean(layout.dense()), scale=scale)
-    if form == "reference":
-        mask = Boolean(layout.dense())
-        if return_lse:
-            return dense_attention(query, key, value, mask=mask, scale=scale, return_lse=True, backend="reference")
-        return dense_attention(query, key, value, mask=mask, scale=scale, backend="reference")
-    if form == "flex" or (form == "auto" and query.is_cuda and not return_lse):
+    if form == "auto":
+        form = _choose(query, key, value, layout, bias, return_lse)
+    if form in ("reference", "dense"):
+        added = None if bias is None else bias.dense(layout.q_len, layout.k_len)
+        return dense_attention(  # type: ignore[call-overload,no-any-return]
+            query,
+            key,
+            value,
+            mask=Boolean(layout.dense()),
+            bias=added,
+            scale=scale,
+            return_lse=return_lse,
+            backend="auto" if form == "dense" else "reference",
+        )
+    if bias is not None and form not in ("gather", "fused"):
+        raise BackendError(f"The {form} form takes no bias; use backend='gather'.")
+    factor = score_scale(query, scale)
+    if form == "flex":
         if return_lse:
             raise BackendError("The flex form does not return the log-sum-exp; use backend='gather'.")
-        return _flex(query, key, value, layout, score_scale(query, scale))
-    run = _Native if form == "native" or (form == "auto" and native.worthwhile(query, value, layout)) else _Gather
-    out, lse = run.apply(query, key, value, layout, score_scale(query, scale))
+        return _flex(query, key, value, layout, factor)
+    out, lse = _run(form, query, key, value, layout, factor, bias, return_lse)
     return (out, lse) if return_lse else out
+
+
+def _choose(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, bias: TableBias | None, return_lse: bool
+) -> str:
+    """The fastest form that can run the call."""
+    if query.shape[2] <= _FEW and not return_lse:
+        return "dense"
+    if layout.block_q == 1 < layout.block_k and bias is None:
+        return "merged"
+    if query.is_cuda and not return_lse and bias is None:
+        return "flex"
+    if bias is None and native.worthwhile(query, value, layout):
+        return "native"
+    return "fused" if shared_blocks.fits(query, key, value, layout, bias, return_lse) else "gather"
+
+
+# The index work of the forms is no graph: a compiled model calls them as they are.
+@torch.compiler.disable
+def _run(
+    form: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    scale: float,
+    bias: TableBias | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    table = None if bias is None else bias.table
+    if form == "fused":
+        shared_blocks.require(query, key, value, layout, bias, return_lse)
+        return SharedBlocks.apply(query, key, value, table, layout, scale, bias)  # type: ignore[no-any-return]
+    if form == "gather":
+        return GatheredBlocks.apply(query, key, value, table, layout, scale, bias)  # type: ignore[no-any-return]
+    run = MergedBlocks if form == "merged" else _Native
+    return run.apply(query, key, value, layout, scale)  # type: ignore[no-any-return]
 
 
 @cache
@@ -80,7 +160,7 @@ def _compiled_flex() -> Any:
 def _flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float) -> Tensor:
     if not query.is_cuda and any(t.requires_grad for t in (query, key, value)):
         raise BackendError("FlexAttention has no backward pass on CPU; use backend='gather'.")
-    return _compiled_flex()(
+    out: Tensor = _compiled_flex()(
         query,
         key,
         value,
@@ -88,100 +168,11 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale:
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-
-
-def _area(device: torch.device) -> int:
-    """Pairs of one group: on a CPU its scores stay in the cache of each core between the two products."""
-    return (1 << 18) * torch.get_num_threads() if device.type == "cpu" else 1 << 24
-
-
-def _blocks(tensor: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """``(batch, heads, length, dim)`` -> ``(all blocks, block, dim)``, zeros after the end."""
-    short = -tensor.shape[2] % block
-    padded = F.pad(tensor, (0, 0, 0, short)) if short else tensor
-    return padded.to(dtype).reshape(-1, block, tensor.shape[-1])
-
-
-def _scores(layout: BlockLayout, plan: Plan, group: Group, queries: Tensor, keys: Tensor) -> Tensor:
-    """Masked scores ``(rows, block_q, slots * block_k)``; queries are already scaled."""
-    scores = queries @ keys.transpose(-1, -2)
-    tiles = scores.view(*scores.shape[:2], -1, layout.block_k)
-    if len(group.tiles):
-        row, slot = group.partial
-        tiles[row, :, slot] = tiles[row, :, slot].masked_fill_(~plan.visible(layout, group.tiles), float("-inf"))
-    if group.empty is not None:
-        tiles.masked_fill_(group.empty[:, None, :, None], float("-inf"))
-    return scores
-
-
-def _take(blocks: Tensor, index: Tensor) -> Tensor:
-    return blocks.index_select(0, index.flatten()).view(len(index), -1, blocks.shape[-1])
-
-
-class _Gather(torch.autograd.Function):
-    """Forward keeps the output and the log-sum-exp; backward forms the scores again, group by group."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        work, (batch, heads, q_len, _) = accumulation_dtype(query.dtype), query.shape
-        queries = _blocks(query, layout.block_q, work) * scale
-        keys, values = _blocks(key, layout.block_k, work), _blocks(value, layout.block_k, work)
-        out = queries.new_zeros(*queries.shape[:2], value.shape[-1])
-        lse = queries.new_full(queries.shape[:2], float("-inf"))
-        plan = plan_of(layout)
-        for group in plan.groups(layout, batch, heads, key.shape[1], _area(query.device)):
-            scores = _scores(layout, plan, group, queries[group.queries], _take(keys, group.keys))
-            top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(work).min)
-            weights = scores.sub_(top).exp_()
-            total = weights.sum(-1, keepdim=True)
-            part = weights @ _take(values, group.keys)
-            out[group.queries] = part.div_(torch.where(total > 0, total, 1))
-            lse[group.queries] = torch.where(total > 0, top + total.log(), float("-inf"))[..., 0]
-        out = out.view(batch, heads, -1, value.shape[-1])[:, :, :q_len].to(query.dtype)
-        lse = lse.view(batch, heads, -1)[:, :, :q_len]
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.layout, ctx.scale = layout, scale
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        layout: BlockLayout = ctx.layout
-        work, (batch, heads) = lse.dtype, query.shape[:2]
-        queries = _blocks(query, layout.block_q, work) * ctx.scale
-        keys, values = _blocks(key, layout.block_k, work), _blocks(value, layout.block_k, work)
-        grads = _blocks(grad_out, layout.block_q, work)
-        delta = (grad_out.to(work) * out.to(work)).sum(-1) - grad_lse
-        deltas = _blocks(delta[..., None], layout.block_q, work)
-        lses = _blocks(torch.where(lse.isfinite(), lse, 0)[..., None], layout.block_q, work)
-        grad_queries = torch.zeros_like(queries)
-        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        plan = plan_of(layout)
-        for group in plan.groups(layout, batch, heads, key.shape[1], _area(query.device)):
-            queries_here, grads_here = queries[group.queries], grads[group.queries]
-            keys_here, values_here = _take(keys, group.keys), _take(values, group.keys)
-            weights = _scores(layout, plan, group, queries_here, keys_here).sub_(lses[group.queries]).exp_()
-            flat = group.keys.flatten()
-            grad_values.index_add_(
-                0, flat, (weights.transpose(-1, -2) @ grads_here).view(-1, layout.block_k, values.shape[-1])
-            )
-            grad_scores = (grads_here @ values_here.transpose(-1, -2)).sub_(deltas[group.queries]).mul_(weights)
-            grad_queries[group.queries] = grad_scores @ keys_here
-            grad_keys.index_add_(
-                0, flat, (grad_scores.transpose(-1, -2) @ queries_here).view(-1, layout.block_k, keys.shape[-1])
-            )
-
-        def restore(blocks: Tensor, like: Tensor) -> Tensor:
-            return blocks.view(*like.shape[:2], -1, like.shape[-1])[:, :, : like.shape[2]].to(like.dtype)
-
-        grad_query = restore(grad_queries, query) * ctx.scale
-        return grad_query, restore(grad_keys, key), restore(grad_values, value), None, None
+    return out
 
 
 class _Native(torch.autograd.Function):
-    """The same bargain in C++, in float32."""
+    """Forward keeps the output and the log-sum-exp; backward forms the scores again. In C++, in float32."""
 
     @staticmethod
     def forward(

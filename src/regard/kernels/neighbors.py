@@ -304,14 +304,18 @@ def _tiles(neighbors: Neighbors) -> _Tiles:
     filled = torch.ones(len(order) + short, dtype=torch.bool, device=order.device)
     filled[len(order) :] = False
     queries = torch.cat((order, order[-1:].expand(short))).view(-1, rows)
-    index, valid = neighbors.index[queries], neighbors.valid[queries]
-    seen = torch.zeros(len(queries), neighbors.k_len + 1, dtype=torch.bool, device=order.device)
-    seen.scatter_(1, torch.where(valid, index, neighbors.k_len).flatten(1), True)
-    seen = seen[:, :-1]
-    width = max(int(seen.sum(-1).max()), 1)
-    keys = seen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :width]
-    place = torch.cumsum(seen, -1) - 1
-    at = place.gather(1, index.flatten(1)).view_as(index).masked_fill_(~valid, width)
+    # Sorted, equal keys of a tile stand together, and empty slots, as the largest number, at the end.
+    wanted = torch.where(neighbors.valid, neighbors.index, neighbors.k_len)[queries].flatten(1)
+    wanted, origin = wanted.sort(-1)
+    first = torch.ones_like(wanted, dtype=torch.bool)
+    first[:, 1:] = wanted[:, 1:] != wanted[:, :-1]
+    place, empty = first.cumsum(-1) - 1, wanted == neighbors.k_len
+    width = max(int((first & ~empty).sum(-1).max()), 1)
+    place = place.masked_fill(empty, width)
+    # Places that a shorter union leaves free name any key; nothing is read from them.
+    keys = torch.zeros(len(queries), width + 1, dtype=torch.int64, device=order.device)
+    keys = keys.scatter_(1, place, wanted)[:, :-1].contiguous()
+    at = torch.empty_like(place).scatter_(1, origin, place).unflatten(1, (rows, neighbors.slots))
     return _Tiles(queries, keys, at, filled.view(-1, rows))
 
 

@@ -1,10 +1,8 @@
-"""Softmax attention over the blocks of a layout, key block by key block.
+"""The form of block-sparse attention for rows of single queries: key block by key block.
 
-``merged``: for each key block the queries that visit it are gathered, attend to it, and the parts of a query are
-merged by their log-sum-exp; recomputed in a hand-written backward pass. It is the form for layouts whose rows are
-single queries (each with its own blocks), where gathering keys per row would copy far more than it computes.
-``reference``: the dense form under the layout's mask. :func:`regard.kernels.block_sparse_attention` runs the same
-layouts row by row.
+For each key block the queries that visit it are gathered and attend to it, and the parts of a query are merged by their
+log-sum-exp; recomputed in a hand-written backward pass. Where each query has blocks of its own, gathering keys per row
+would copy far more than it computes.
 """
 
 from __future__ import annotations
@@ -17,51 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.errors import ShapeError
-from regard.kernels.backends import resolve
-from regard.kernels.dense import dense_attention
-from regard.kernels.shapes import accumulation_dtype, score_scale
+from regard.kernels.shapes import accumulation_dtype
 from regard.layout import BlockLayout
-from regard.masks import Boolean, Causal
+from regard.masks import Causal
 
-__all__ = ["query_gather_attention"]
-
-FORMS = ("reference", "merged")
+__all__ = ["MergedBlocks"]
 
 # Scores of one group stay below this many elements, so that they live in the cache between the two products.
 _GROUP = 1 << 20
 # Parts that wait to be merged, and the lists of who visits whom, stay below this many elements.
 _PARTS = 1 << 24
 _FUSED = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-
-
-def query_gather_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: BlockLayout,
-    *,
-    scale: float | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """``softmax(scale q k^T) v`` over the pairs of ``layout``, which usually has ``block_q = 1``.
-
-    query ``(batch, num_heads, q_len, head_dim)``; key and value ``(batch, kv_heads, k_len, ...)``, ``kv_heads``
-    dividing ``num_heads``. Returns ``(batch, num_heads, q_len, value_dim)`` and, with ``return_lse``, the log-sum-exp
-    of each row ``(batch, num_heads, q_len)``. Rows with nothing to see give zeros (and ``-inf``).
-    """
-    if layout.q_len != query.shape[2] or layout.k_len != key.shape[2]:
-        raise ShapeError(
-            f"The layout is for {layout.q_len} queries and {layout.k_len} keys; got {query.shape[2]}, {key.shape[2]}."
-        )
-    if resolve("query_gather", backend, FORMS) == "reference":
-        mask = Boolean(layout.dense())
-        if return_lse:
-            return dense_attention(query, key, value, mask=mask, scale=scale, return_lse=True, backend="reference")
-        return dense_attention(query, key, value, mask=mask, scale=scale, backend="reference")
-    out, lse = _Merged.apply(query, key, value, layout, score_scale(query, scale))
-    return (out, lse) if return_lse else out
 
 
 @dataclass(frozen=True)
@@ -214,7 +178,7 @@ def _take(blocks: Tensor, index: Tensor) -> Tensor:
     return blocks.index_select(0, index.flatten()).view(len(index), -1, blocks.shape[-1])
 
 
-class _Merged(torch.autograd.Function):
+class MergedBlocks(torch.autograd.Function):
     """Forward keeps the output and the log-sum-exp; backward forms the scores again, group by group."""
 
     @staticmethod

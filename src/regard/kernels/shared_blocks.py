@@ -1,17 +1,17 @@
-"""Softmax attention over the blocks of a layout that is the same for every sequence and head.
+"""The form of block-sparse attention for a layout that is the same for every sequence and head.
 
 What depends on positions alone (windows, neighbourhoods, stripes) needs its index work once: which key blocks each
-query block visits and which pairs inside them are hidden is kept with the layout. ``fused``: for a few query blocks at
-a time their key blocks are gathered and go through torch's fused CPU attention, forward and backward, so scores never
-leave the cache; it needs no compiler. The general executor, :func:`regard.kernels.block_sparse_attention`, runs the
-same layout where its native form is at hand, and where the fused one does not apply: another device, a layout per head,
-values of another width, the gradient of the log-sum-exp.
+query block visits, and which pairs inside them are hidden, is kept with the layout, and query blocks that see the same
+picture (nearly all of them inside a grid) share one mask and one bias. For a few query blocks at a time their key
+blocks are gathered and go through torch's fused CPU attention, forward and backward, so scores never leave the cache;
+it needs no compiler, and its memory does not grow with the window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,137 +19,150 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.errors import BackendError
-from regard.kernels import native
-from regard.kernels.backends import resolve
-from regard.kernels.block_sparse import block_sparse_attention
-from regard.kernels.shapes import accumulation_dtype, expand_groups, fold_groups, score_scale
+from regard.kernels.block_plan import fingerprints
+from regard.kernels.score_bias import TableBias
+from regard.kernels.shapes import accumulation_dtype, expand_groups, fold_groups
 from regard.layout import BlockLayout
 
-__all__ = ["shared_block_attention"]
-
-FORMS = ("reference", "gather", "native", "flex", "fused")
+__all__ = ["SharedBlocks", "fits", "require"]
 
 # Gathered keys of one group stay below this many elements.
 _GROUP = 1 << 20
-# Bytes of masks that are kept with a layout, and those above which the general executor evaluates them at each call.
-_KEPT, _KEPT_ELSEWHERE = 1 << 27, 1 << 25
+# Pairs whose mask is evaluated at once, and bytes of masks that are kept with a layout.
+_EVALUATED, _KEPT = 1 << 22, 1 << 27
 
 
-@overload
-def shared_block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: BlockLayout,
-    *,
-    scale: float | None = ...,
-    return_lse: Literal[False] = ...,
-    backend: str | None = ...,
-) -> Tensor: ...
-@overload
-def shared_block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: BlockLayout,
-    *,
-    scale: float | None = ...,
-    return_lse: Literal[True],
-    backend: str | None = ...,
-) -> tuple[Tensor, Tensor]: ...
+def fits(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, bias: TableBias | None, return_lse: bool
+) -> bool:
+    """Whether this form can run the call."""
+    shared = layout.visit.shape[:2] == (1, 1) and layout.mask.batch == layout.mask.heads == 1
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    can = query.device.type == "cpu" and shared and query.shape[3] == value.shape[3] > 0
+    return can and not (return_lse and tracked) and _plan(layout, bias) is not None
 
 
-def shared_block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: BlockLayout,
-    *,
-    scale: float | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """``softmax(scale q k^T) v`` over the pairs of ``layout``; shapes as :func:`block_sparse_attention`."""
-    form = resolve("shared_blocks", backend, FORMS)
-    fits = _fits(query, key, value, layout, return_lse)
-    if form == "fused" and not fits:
+def require(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, bias: TableBias | None, return_lse: bool
+) -> None:
+    """Raise a BackendError where it cannot."""
+    if not fits(query, key, value, layout, bias, return_lse):
         raise BackendError(
             "The fused form needs CPU tensors, a layout shared by all sequences and heads whose masks are few enough "
             "to keep, values as wide as the keys, and no gradient of the log-sum-exp; use backend='auto'."
         )
-    if form == "auto" and fits:
-        fits = _mask_bytes(layout) > _KEPT_ELSEWHERE or not native.worthwhile(query, value, layout)
-    if form not in ("auto", "fused") or not fits:
-        return block_sparse_attention(query, key, value, layout, scale=scale, return_lse=return_lse, backend=backend)
-    out, lse = _Fused.apply(query, key, value, layout, score_scale(query, scale))
-    return (out, lse) if return_lse else out
-
-
-def _fits(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, return_lse: bool) -> bool:
-    shared = layout.visit.shape[:2] == (1, 1) and layout.mask.batch == layout.mask.heads == 1
-    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    same = layout.q_len == query.shape[2] and layout.k_len == key.shape[2] and query.shape[3] == value.shape[3] > 0
-    return (
-        query.device.type == "cpu" and shared and same and not (return_lse and tracked) and _mask_bytes(layout) <= _KEPT
-    )
-
-
-def _mask_bytes(layout: BlockLayout) -> int:
-    """Bytes that the masks of this layout take: of all visited blocks of the rows that need one."""
-    masked = layout.visit.sum(-1) * layout.partial.any(-1)
-    return int(masked.sum()) * layout.block_q * layout.block_k
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Query blocks that visit the same number of key blocks."""
+    """Query blocks that visit the same number of key blocks.
 
-    queries: Tensor  # (rows,) index of each query block
-    keys: Tensor  # (rows, slots) index of each key block
-    hidden: Tensor | None  # (rows, block_q, slots * block_k), True where a pair is not seen; None: all are
+    queries ``(rows,)``: index of each query block. keys ``(rows, slots)``: index of each key block. codes ``(pictures,
+    block_q, slots * block_k)``: for each pair its place in the bias table, -1 where it is not seen; None where nothing
+    is hidden and there is no bias. picture ``(rows,)``: which picture each row has; equal ones stand together.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    codes: Tensor | None
+    picture: Tensor
+
+    def cut(self, start: int, stop: int) -> _Rows:
+        part = slice(start, stop)
+        return _Rows(self.queries[part], self.keys[part], self.codes, self.picture[part])
+
+    def code(self) -> Tensor | None:
+        """The pictures of these rows: one if it is the same for all, else one a row."""
+        if self.codes is None:
+            return None
+        return self.codes[self.picture[:1] if bool(self.picture[0] == self.picture[-1]) else self.picture]
 
 
-_plans: WeakKeyDictionary[BlockLayout, tuple[list[_Rows], Tensor | None]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Plan:
+    """rows: query blocks that visit anything. blind ``(q_len,)``: queries that see nothing; None: there are none."""
+
+    rows: list[_Rows]
+    blind: Tensor | None
+
+
+_Index = Callable[[Tensor, Tensor], Tensor]
+_plans: WeakKeyDictionary[BlockLayout, WeakKeyDictionary[_Index, _Plan | None]] = WeakKeyDictionary()
+
+
+def _no_bias(query: Tensor, key: Tensor) -> Tensor:
+    return (query + key) * 0
+
+
+def _plan(layout: BlockLayout, bias: TableBias | None) -> _Plan | None:
+    """The plan of a layout under a rule of biases, made once; None if its masks are too many to keep."""
+    kept = _plans.setdefault(layout, WeakKeyDictionary())
+    index = _no_bias if bias is None else bias.index
+    if index not in kept:
+        kept[index] = _made(layout, bias)
+    return kept[index]
 
 
 @torch.compiler.disable
 @torch.inference_mode(False)
-def _plan(layout: BlockLayout) -> tuple[list[_Rows], Tensor | None]:
-    """Rows grouped by how many key blocks they visit and whether anything is hidden there, and the ``(q_len,)`` queries
-    that see nothing (None: there are none)."""
-    if layout in _plans:
-        return _plans[layout]
-    visit, partial = layout.visit[0, 0], layout.partial[0, 0]
-    if layout.k_len % layout.block_k:
-        partial = partial.clone()
-        partial[:, -1] |= visit[:, -1]
-    rule = layout.mask.mod(layout.q_len, layout.k_len)
-    zero = torch.zeros((), dtype=torch.int64, device=visit.device)
-    counts, masked = visit.sum(-1), partial.any(-1)
+def _made(layout: BlockLayout, bias: TableBias | None) -> _Plan | None:
+    visit, device = layout.visit[0, 0], layout.visit.device
+    counts = visit.sum(-1)
+    blind = torch.ones(len(visit), layout.block_q, dtype=torch.bool, device=device)
     plan: list[_Rows] = []
-    empty = torch.ones(len(visit), layout.block_q, dtype=torch.bool, device=visit.device)
-    in_q, in_k = (torch.arange(b, device=visit.device) for b in (layout.block_q, layout.block_k))
-    for count, some in torch.stack((counts, masked.long()), 1).unique(dim=0).tolist():
-        rows = ((counts == count) & (masked == bool(some))).nonzero()[:, 0]
-        if not count:
-            continue
+    spent = 0
+    for count in counts[counts > 0].unique().tolist():
+        rows = (counts == count).nonzero()[:, 0]
         keys = visit[rows].to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :count]
-        empty[rows] = False
-        hidden = None
-        if some:
-            at_q = rows[:, None] * layout.block_q + in_q
-            at_k = (keys[..., None] * layout.block_k + in_k).flatten(1)
-            hidden = (at_k >= layout.k_len)[:, None] | ~rule(
-                zero, zero, at_q.clamp_max(layout.q_len - 1)[..., None], at_k.clamp_max(layout.k_len - 1)[:, None]
-            )
-            nothing = hidden.all(-1)
-            empty[rows] = nothing
+        step = max(_EVALUATED // (layout.block_q * count * layout.block_k), 1)
+        pictures: list[Tensor] = []
+        known: dict[int, int] = {}
+        picture = []
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            codes = _codes(layout, bias, rows[part], keys[part])
+            nothing = (codes < 0).all(-1)
+            blind[rows[part]] = nothing
             # A row with nothing to see is given every key and zeroed afterwards, so that nothing is ever NaN.
-            hidden &= ~nothing[..., None]
-        plan.append(_Rows(rows, keys, hidden))
-    blind = empty.flatten()[: layout.q_len]
-    _plans[layout] = plan, blind if bool(blind.any()) else None
-    return _plans[layout]
+            codes.masked_fill_(nothing[..., None], 0)
+            for number, code in zip(fingerprints(codes).tolist(), codes, strict=True):
+                if number not in known:
+                    known[number] = len(pictures)
+                    pictures.append(code.to(torch.int32))
+                    spent += 4 * code.numel()
+                picture.append(known[number])
+            if spent > _KEPT:
+                return None
+        found = torch.tensor(picture, device=device)
+        order = found.argsort(stable=True)
+        plan += _masked_apart(_Rows(rows[order], keys[order], torch.stack(pictures), found[order]), bias is None)
+    hidden = blind.flatten()[: layout.q_len]
+    return _Plan(plan, hidden if bool(hidden.any()) else None)
+
+
+def _codes(layout: BlockLayout, bias: TableBias | None, rows: Tensor, keys: Tensor) -> Tensor:
+    """Places in the bias table ``(rows, block_q, slots * block_k)`` (0 without one), -1 where a pair is not seen."""
+    device = rows.device
+    at_q = (rows[:, None] * layout.block_q + torch.arange(layout.block_q, device=device))[..., None]
+    at_k = (keys[..., None] * layout.block_k + torch.arange(layout.block_k, device=device)).flatten(1)[:, None]
+    query, key = at_q.clamp_max(layout.q_len - 1), at_k.clamp_max(layout.k_len - 1)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    # Rows after the end show what the last query sees: they are cut off, and tiles stay alike.
+    seen = layout.mask.mod(layout.q_len, layout.k_len)(zero, zero, query, key) & (at_k < layout.k_len)
+    places = _no_bias(query, key) if bias is None else bias.entries(query, key)
+    return torch.where(seen, places, -1)
+
+
+def _masked_apart(rows: _Rows, plain: bool) -> list[_Rows]:
+    """Rows that need no mask (where there is no bias) apart from those that do."""
+    assert rows.codes is not None
+    masked = (rows.codes < 0).flatten(1).any(-1)[rows.picture] if plain else torch.ones_like(rows.picture).bool()
+    parts = []
+    for some, codes in ((True, rows.codes), (False, None)):
+        chosen = masked if some else ~masked
+        if bool(chosen.any()):
+            parts.append(_Rows(rows.queries[chosen], rows.keys[chosen], codes, rows.picture[chosen]))
+    return parts
 
 
 def _blocks(tensor: Tensor, block: int, dtype: torch.dtype) -> Tensor:
@@ -159,43 +172,74 @@ def _blocks(tensor: Tensor, block: int, dtype: torch.dtype) -> Tensor:
     return padded.to(dtype).transpose(0, 1).reshape(-1, block * tensor.shape[0] * tensor.shape[2])
 
 
-def _groups(plan: list[_Rows], width: int) -> list[_Rows]:
-    """Rows cut so that their gathered keys, ``width`` elements a block, stay within a group's size."""
-    parts = []
-    for rows in plan:
-        step = max(_GROUP // (rows.keys.shape[1] * width), 1)
-        for start in range(0, len(rows.queries), step):
-            cut = slice(start, start + step)
-            parts.append(_Rows(rows.queries[cut], rows.keys[cut], None if rows.hidden is None else rows.hidden[cut]))
-    return parts
+def _groups(plan: _Plan, width: int) -> Iterator[_Rows]:
+    """Rows cut so that their gathered keys, ``width`` elements a block, stay within a group's size, and rows of one
+    picture go together."""
+    for rows in plan.rows:
+        runs = [len(rows.queries)]
+        if rows.codes is not None:
+            runs = rows.picture.unique_consecutive(return_counts=True)[1].tolist()
+        start = 0
+        for length in _pieces(runs, max(_GROUP // (rows.keys.shape[1] * width), 1)):
+            yield rows.cut(start, start + length)
+            start += length
 
 
-def _bias(group: _Rows, heads: int, like: Tensor) -> Tensor | None:
-    if group.hidden is None:
+def _pieces(runs: list[int], step: int) -> Iterator[int]:
+    """Lengths of at most ``step`` that cut runs of like rows; rows that are like no other share a piece."""
+    loose = 0
+    for run in runs:
+        if loose and (run > 1 or loose == step):
+            yield loose
+            loose = 0
+        if run == 1:
+            loose += 1
+            continue
+        for begin in range(0, run, step):
+            yield min(step, run - begin)
+    if loose:
+        yield loose
+
+
+def _mask(group: _Rows, heads: int, table: Tensor | None, work: torch.dtype) -> Tensor | None:
+    """What is added to the scores of a group, ``(rows, heads, block_q, keys)``."""
+    code = group.code()
+    if code is None:
         return None
-    bias = torch.zeros(group.hidden.shape, dtype=like.dtype).masked_fill_(group.hidden, float("-inf"))
-    return bias[:, None].expand(-1, heads, -1, -1)
+    if table is None:
+        added = torch.zeros(code.shape, dtype=work)[:, None]
+    else:
+        added = table.to(work)[:, code.clamp_min(0).flatten()].view(len(table), *code.shape).transpose(0, 1)
+    added = added.masked_fill((code < 0)[:, None], float("-inf"))
+    return added.expand(len(group.queries), heads, -1, -1)
 
 
-class _Fused(torch.autograd.Function):
+class SharedBlocks(torch.autograd.Function):
     """Forward keeps the output and the log-sum-exp; backward goes through torch's own fused backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: Tensor | None,
+        layout: BlockLayout,
+        scale: float,
+        bias: TableBias | None,
     ) -> tuple[Tensor, Tensor]:
         work, (batch, heads, q_len, dim) = accumulation_dtype(query.dtype), query.shape
-        plan, blind = _plan(layout)
-        groups = _groups(plan, layout.block_k * heads * dim)
+        plan = _plan(layout, bias)
+        assert plan is not None
         outs, lses = [], []
         for sequence in range(batch):
             queries, keys, values = _sequence(query, key, value, sequence, layout, work)
             out = torch.zeros_like(queries)
             lse = queries.new_full((len(queries), heads, layout.block_q), float("-inf"))
-            for group in groups:
+            for group in _groups(plan, layout.block_k * heads * dim):
                 part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     *_heads_first(queries, keys, values, group, heads, dim),
-                    attn_mask=_bias(group, heads, queries),
+                    attn_mask=_mask(group, heads, table, work),
                     scale=scale,
                 )
                 out[group.queries] = part.transpose(1, 2).flatten(1)
@@ -203,47 +247,53 @@ class _Fused(torch.autograd.Function):
             outs.append(out.view(-1, heads, dim)[:q_len].transpose(0, 1))
             lses.append(lse.transpose(0, 1).reshape(heads, -1)[:, :q_len])
         whole, whole_lse = torch.stack(outs), torch.stack(lses)
-        if blind is not None:
-            whole, whole_lse = whole.masked_fill(blind[:, None], 0), whole_lse.masked_fill(blind, float("-inf"))
+        if plan.blind is not None:
+            whole = whole.masked_fill(plan.blind[:, None], 0)
+            whole_lse = whole_lse.masked_fill(plan.blind, float("-inf"))
         whole = whole.to(query.dtype)
-        ctx.save_for_backward(query, key, value, whole, whole_lse)
-        ctx.layout, ctx.scale = layout, scale
+        ctx.save_for_backward(query, key, value, table, whole, whole_lse)
+        ctx.layout, ctx.scale, ctx.bias = layout, scale, bias
         ctx.mark_non_differentiable(whole_lse)
         return whole, whole_lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, whole, whole_lse = ctx.saved_tensors
+        query, key, value, table, whole, whole_lse = ctx.saved_tensors
         layout: BlockLayout = ctx.layout
         work, (batch, heads, q_len, dim) = whole_lse.dtype, query.shape
-        plan, blind = _plan(layout)
-        groups = _groups(plan, layout.block_k * heads * dim)
-        if blind is not None:
-            grad_out, whole_lse = grad_out.masked_fill(blind[:, None], 0), whole_lse.masked_fill(blind, 0)
+        plan = _plan(layout, ctx.bias)
+        assert plan is not None
+        if plan.blind is not None:
+            grad_out, whole_lse = grad_out.masked_fill(plan.blind[:, None], 0), whole_lse.masked_fill(plan.blind, 0)
         grads: list[list[Tensor]] = [[], [], []]
+        grad_table = None if table is None or not ctx.needs_input_grad[3] else torch.zeros_like(table, dtype=work)
         short = -q_len % layout.block_q
         for sequence in range(batch):
             queries, keys, values = _sequence(query, key, value, sequence, layout, work)
             out, grad = (_blocks(t[sequence], layout.block_q, work) for t in (whole, grad_out))
             lse = F.pad(whole_lse[sequence], (0, short)).view(heads, -1, layout.block_q).transpose(0, 1)
             totals = [torch.zeros_like(t) for t in (queries, keys, values)]
-            for group in groups:
-                rows = len(group.queries)
+            for group in _groups(plan, layout.block_k * heads * dim):
+                rows, mask = len(group.queries), _mask(group, heads, table, work)
                 grad_here, out_here = (t[group.queries].view(rows, -1, heads, dim).transpose(1, 2) for t in (grad, out))
+                inputs, lse_here = _heads_first(queries, keys, values, group, heads, dim), lse[group.queries]
                 parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                     grad_here,
-                    *_heads_first(queries, keys, values, group, heads, dim),
+                    *inputs,
                     out_here,
-                    lse[group.queries].contiguous(),
+                    lse_here.contiguous(),
                     0.0,
                     False,
-                    attn_mask=_bias(group, heads, queries),
+                    attn_mask=mask,
                     scale=ctx.scale,
                 )
                 grad_queries, *grad_pairs = (p.transpose(1, 2).flatten(1) for p in parts)
                 totals[0][group.queries] = grad_queries
                 for total, part in zip(totals[1:], grad_pairs, strict=True):
                     total.index_add_(0, group.keys.flatten(), part.reshape(-1, total.shape[1]))
+                if grad_table is not None:
+                    slopes = _slopes(*inputs, ctx.scale, mask, lse_here, out_here, grad_here)
+                    _add_to_table(grad_table, group, slopes)
             for kept, total, length in zip(grads, totals, (q_len, key.shape[2], key.shape[2]), strict=True):
                 kept.append(total.view(-1, heads, dim)[:length].transpose(0, 1))
         grad_query, grad_key, grad_value = (torch.stack(kept) for kept in grads)
@@ -252,9 +302,43 @@ class _Fused(torch.autograd.Function):
             grad_query.to(query.dtype),
             fold_groups(grad_key, kv_heads).to(key.dtype),
             fold_groups(grad_value, kv_heads).to(value.dtype),
+            None if grad_table is None else grad_table.to(table.dtype),
+            None,
             None,
             None,
         )
+
+
+def _slopes(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    lse: Tensor,
+    out: Tensor,
+    grad: Tensor,
+) -> Tensor:
+    """Gradient of the scores of a group, ``(rows, heads, block_q, keys)``, which torch's backward keeps to itself."""
+    scores = (queries * scale) @ keys.transpose(-1, -2)
+    if mask is not None:
+        scores += mask
+    toward = grad @ values.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
+    # Where nothing reaches the output (a row with nothing to see) its scores may be too large for their exponential.
+    weights = torch.where(toward == 0, 0, scores.sub_(lse[..., None]).exp_())
+    return weights.mul_(toward)
+
+
+def _add_to_table(grad_table: Tensor, group: _Rows, slopes: Tensor) -> None:
+    code = group.code()
+    assert code is not None
+    if len(code) == 1:
+        slopes = slopes.sum(0, keepdim=True)
+    by_head = slopes.transpose(0, 1).flatten(1)
+    if len(grad_table) == 1:
+        by_head = by_head.sum(0, keepdim=True)
+    # Pairs that are not seen have slopes of zero and may point anywhere.
+    grad_table.index_add_(1, code.clamp_min(0).flatten(), by_head)
 
 
 def _sequence(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from regard.bench.measure import interleaved, median_ratio
-from regard.kernels.shared_blocks import shared_block_attention
+from regard.kernels import block_sparse_attention
 from regard.layout import BlockLayout
 from regard.local.gna import GeneralizedNeighborhoodAttention, GNASimulator
 from regard.reproduce.finding import Finding
@@ -54,7 +54,7 @@ def run(report: Callable[[str], None]) -> Finding:
         for name, stride in (("stride_4", 4), ("stride_1", 1))
     }
     calls: dict[str, Callable[[], object]] = {
-        "dense": lambda: shared_block_attention(query, key, value, everything),
+        "dense": lambda: block_sparse_attention(query, key, value, everything),
         "stride_4": lambda: mechanisms["stride_4"](query, key, value, grid=SHAPE),
         "stride_1": lambda: mechanisms["stride_1"](query, key, value, grid=SHAPE),
     }

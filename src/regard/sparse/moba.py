@@ -28,7 +28,6 @@ from torch import Tensor
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError
 from regard.kernels import accumulation_dtype, block_sparse_attention, dense_attention
-from regard.kernels.query_gather import query_gather_attention
 from regard.layout import BlockLayout, num_blocks
 from regard.masks import Boolean
 from regard.mechanism import KeyValueState, Pattern, Request, SparseMechanism
@@ -165,10 +164,8 @@ class MoBAAttention(SparseMechanism):
         layout = self.select(query, key, request, means)
         if self.executor == "masked":
             return dense_attention(query, key, value, mask=Boolean(layout.dense()), scale=request.scale)
-        run = query_gather_attention if self.executor == "merged" else block_sparse_attention
-        out = run(query, key, value, layout, scale=request.scale)
-        assert isinstance(out, Tensor)
-        return out
+        backend = "gather" if self.executor == "rows" else None
+        return block_sparse_attention(query, key, value, layout, scale=request.scale, backend=backend)
 
     def cost(self, shape: AttentionShape) -> Cost:
         if self.mode == "full":
