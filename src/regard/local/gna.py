@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -32,10 +31,9 @@ from torch import Tensor
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError, ShapeError
 from regard.kernels import dense_attention, merge_attentions
-from regard.kernels.shared_blocks import shared_block_attention
-from regard.layout import BlockLayout
-from regard.local.tiles import TileOrder, balanced_tile, tile_order
-from regard.masks import Causal, Mask, Neighborhood, Reindexed, axis_windows
+from regard.layout import BlockLayout, block_members
+from regard.local.neighborhood import NeighborhoodPlan, fitted_neighborhood, neighborhood_plan, visible_pairs
+from regard.masks import Mask, Neighborhood, Reindexed, axis_windows
 from regard.mechanism import Request, SparseMechanism, per_axis
 from regard.registry import register
 
@@ -70,24 +68,6 @@ def neighborhood_mask(
     """Boolean ``(tokens, tokens)``: the pairs of a neighbourhood on ``space``, tokens in row-major order."""
     count = math.prod(space)
     return Neighborhood.of(space, window, stride, dilation, causal).dense(count, count)[0, 0]
-
-
-@torch.compiler.disable
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _plan(
-    rule: Neighborhood, raster: bool, tile: tuple[int, ...], device: torch.device
-) -> tuple[TileOrder, BlockLayout]:
-    """Tile order and layout of a neighbourhood; kept, because they depend on sizes alone."""
-    order = tile_order(rule.grid, tile, rule.dilation, device)
-    return order, _layout(rule & Causal() if raster else rule, order)
-
-
-def _layout(rule: Mask, order: TileOrder) -> BlockLayout:
-    if not order.identity:
-        # A filling query may see what its model sees: its row is cut off, and tiles stay without a mask inside.
-        rule = Reindexed(rule, order.order, order.order, None, order.valid, order.length, order.length)
-    return BlockLayout.of(rule, order.padded, order.padded, order.block, order.block, order.order.device)
 
 
 def _keys(mask: Mask, first: int, stop: int, q_len: int, k_len: int, device: torch.device) -> Mask:
@@ -139,54 +119,44 @@ class GeneralizedNeighborhoodAttention(SparseMechanism):
 
     def rule(self, grid: Sequence[int], causal: bool = False) -> Neighborhood:
         """The neighbourhood on ``grid``, with window, dilation and stride as large as the axes allow."""
-        axes = len(grid)
-        window, dilation = per_axis("window", self.window, axes), per_axis("dilation", self.dilation, axes)
-        stride = per_axis("stride", self.stride, axes)
-        flags = (self.causal_axes,) * axes if isinstance(self.causal_axes, bool) else tuple(self.causal_axes)
-        if len(flags) != axes:
-            raise OptionError(f"causal_axes {flags} has {len(flags)} values, but the grid has {axes} axes.")
-        rate = tuple(max(min(d, n // w), 1) for n, w, d in zip(grid, window, dilation, strict=True))
-        size = tuple(min(w, n // d) for n, w, d in zip(grid, window, rate, strict=True))
-        step = tuple(min(s, w) for s, w in zip(stride, size, strict=True))
-        return Neighborhood(tuple(grid), size, step, rate, (flags[0] or causal, *flags[1:]))
+        flags = (self.causal_axes,) * len(grid) if isinstance(self.causal_axes, bool) else tuple(self.causal_axes)
+        flags = (causal or flags[0], *flags[1:])
+        return fitted_neighborhood(grid, self.window, self.stride, self.dilation, flags)
 
-    def plan(self, grid: Sequence[int], causal: bool, device: torch.device) -> tuple[TileOrder, BlockLayout]:
+    def plan(self, grid: Sequence[int], causal: bool, device: torch.device) -> NeighborhoodPlan:
         """The tile order of the tokens and the layout of the neighbourhood in that order."""
-        rule = self.rule(grid, causal)
-        inner = tuple(-(-n // d) for n, d in zip(rule.grid, rule.dilation, strict=True))
-        tile = balanced_tile(inner) if self.tile is None else per_axis("tile", self.tile, len(inner))
-        tile = tuple(min(side, length) for side, length in zip(tile, inner, strict=True))
-        return _plan(rule, causal and len(inner) > 1, tile, device)
+        return neighborhood_plan(self.rule(grid, causal), device, raster=causal and len(grid) > 1, tile=self.tile)
 
     def select(self, query: Tensor, key: Tensor, request: Request) -> BlockLayout:
         """The layout of the tokens in tile order (see :meth:`plan`), extra tokens apart."""
-        return self._planned(query, key, request)[1]
+        return self._planned(query, key, request).layout
 
-    def _planned(self, query: Tensor, key: Tensor, request: Request) -> tuple[TileOrder, BlockLayout]:
+    def _planned(self, query: Tensor, key: Tensor, request: Request) -> NeighborhoodPlan:
         q_len, k_len = query.shape[2], key.shape[2]
         if k_len != q_len + self.extra_tokens:
             raise ShapeError(
                 f"gna with extra_tokens={self.extra_tokens} takes {q_len + self.extra_tokens} keys for {q_len} "
                 f"queries, got {k_len}."
             )
-        grid = (q_len,) if request.grid is None else request.grid
-        order, layout = self.plan(grid, request.causal, query.device)
+        plan = self.plan((q_len,) if request.grid is None else request.grid, request.causal, query.device)
         if request.mask is None:
-            return order, layout
+            return plan
         mask = request.mask
         if self.extra_tokens:
             mask = _keys(mask, 0, q_len, q_len, k_len, query.device)
-        rule: Mask = self.rule(grid, request.causal) & mask
-        return order, _layout(rule & Causal() if request.causal else rule, order)
+        return plan.restricted(mask)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
-        order, layout = self._planned(query, key, request)
-        grid_len = order.length
-        q, k, v = (order.apply(x) for x in (query, key[:, :, :grid_len], value[:, :, :grid_len]))
-        if not self.extra_tokens:
-            out = shared_block_attention(q, k, v, layout, scale=request.scale)
-            return order.undo(out)
-        out, lse = shared_block_attention(q, k, v, layout, scale=request.scale, return_lse=True)
+        plan, grid_len = self._planned(query, key, request), query.shape[2]
+        out, lse = plan.run(
+            query,
+            key[:, :, :grid_len],
+            value[:, :, :grid_len],
+            scale=request.scale,
+            return_lse=self.extra_tokens > 0,
+        )
+        if lse is None:
+            return out
         extra_mask = None
         if request.mask is not None:
             extra_mask = _keys(request.mask, grid_len, key.shape[2], grid_len, key.shape[2], query.device)
@@ -198,28 +168,15 @@ class GeneralizedNeighborhoodAttention(SparseMechanism):
             scale=request.scale,
             return_lse=True,
         )
-        return merge_attentions((order.undo(out), extra), (order.undo(lse), extra_lse))[0]
+        return merge_attentions((out, extra), (lse, extra_lse))[0]
 
     def computed_pairs(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> float:
-        order, layout = self._planned(query, key, request)
-        tokens = order.block_tokens().to(torch.float64)
-        visited = float((layout.visit.to(torch.float64) * tokens[:, None] * tokens).sum((-2, -1)).mean())
-        return (visited + order.length * self.extra_tokens) / (order.length * key.shape[2])
+        plan, grid_len = self._planned(query, key, request), query.shape[2]
+        return (plan.computed() + grid_len * self.extra_tokens) / (grid_len * key.shape[2])
 
     def cost(self, shape: AttentionShape) -> Cost:
         rule = self.rule(shape.grid or (shape.q_len,), shape.causal)
-        return dense_cost(shape, (_visible_pairs(rule) / shape.q_len + self.extra_tokens) / shape.k_len)
-
-
-def _visible_pairs(rule: Neighborhood) -> int:
-    """Pairs of a neighbourhood: the product over axes of what each admits."""
-    pairs = 1
-    for length, window, stride, dilation, causal in zip(
-        rule.grid, rule.window, rule.stride, rule.dilation, rule.causal, strict=True
-    ):
-        start, stop = axis_windows(length, window, stride, dilation, causal)
-        pairs *= int((stop - start + dilation - 1).div(dilation, rounding_mode="floor").sum())
-    return pairs
+        return dense_cost(shape, (visible_pairs(rule) / shape.q_len + self.extra_tokens) / shape.k_len)
 
 
 def neighborhood_attention(
@@ -250,16 +207,12 @@ def neighborhood_attention(
     if (extra_key is None) != (extra_value is None):
         raise ShapeError("Extra keys and extra values come together: give both extra_key and extra_value, or neither.")
     space = tuple(query.shape[2:-1])
-    rule = Neighborhood.of(space, window, stride, dilation, causal)
-    inner = tuple(-(-n // d) for n, d in zip(space, rule.dilation, strict=True))
-    sides = balanced_tile(inner) if tile is None else per_axis("tile", tile, len(inner))
-    order, layout = _plan(rule, False, tuple(min(a, b) for a, b in zip(sides, inner, strict=True)), query.device)
+    plan = neighborhood_plan(Neighborhood.of(space, window, stride, dilation, causal), query.device, tile=tile)
     flat = query.flatten(2, -2)
-    q, k, v = (order.apply(x.flatten(2, -2)) for x in (query, key, value))
-    if not return_lse and extra_key is None:
-        return order.undo(shared_block_attention(q, k, v, layout, scale=scale)).unflatten(2, space)
-    out, lse = shared_block_attention(q, k, v, layout, scale=scale, return_lse=True)
-    out, lse = order.undo(out), order.undo(lse)
+    with_lse = return_lse or extra_key is not None
+    out, lse = plan.run(flat, key.flatten(2, -2), value.flatten(2, -2), scale=scale, return_lse=with_lse)
+    if lse is None:
+        return out.unflatten(2, space)
     if extra_key is not None and extra_value is not None:
         extra, extra_lse = dense_attention(flat, extra_key, extra_value, scale=scale, return_lse=True)
         out, lse = merge_attentions((out, extra), (lse, extra_lse))
@@ -335,12 +288,10 @@ class GNASimulator:
         """Of each tile of queries along an axis: first and last key of the union, and whether all windows are alike."""
         rule = self.rule
         start, stop = axis_windows(rule.grid[axis], rule.window[axis], rule.stride[axis], 1, rule.causal[axis])
-        parts = list(zip(start.split(self._q_tile[axis]), stop.split(self._q_tile[axis]), strict=True))
-        return (
-            torch.stack([s.min() for s, _ in parts]),
-            torch.stack([e.max() for _, e in parts]),
-            torch.stack([(s == s[0]).all() & (e == e[0]).all() for s, e in parts]),
-        )
+        tiles = block_members(len(start), self._q_tile[axis])
+        start, stop = start[tiles], stop[tiles]
+        alike = (start == start[:, :1]).all(-1) & (stop == stop[:, :1]).all(-1)
+        return start.amin(-1), stop.amax(-1), alike
 
     def visited(self) -> Tensor:
         """Tiles of keys that each tile of queries visits, ``(query tiles per axis)`` or ``(query tiles,)`` if flat."""
@@ -358,16 +309,39 @@ class GNASimulator:
 
     def _visited_flat(self) -> Tensor:
         q_run, kv_run = math.prod(self._q_tile), math.prod(self._kv_tile)
-        rule, count = self.rule, math.prod(self.shape)
+        rule, count, inner = self.rule, math.prod(self.shape), self.shape[-1]
+        windows = [
+            axis_windows(length, window, stride, 1, causal)
+            for length, window, stride, causal in zip(rule.grid, rule.window, rule.stride, rule.causal, strict=True)
+        ]
+        start, stop = windows.pop()
+
+        def rows_seen(row: int) -> Tensor:
+            """Rows of keys that a row of queries sees, a row being what runs along the last axis."""
+            rows, rest = torch.zeros(1, dtype=torch.int64), math.prod(self.shape[:-1])
+            for length, (first, last) in zip(self.shape, windows, strict=False):
+                rest //= length
+                place = row // rest % length
+                rows = (rows[:, None] * length + torch.arange(int(first[place]), int(last[place]))).flatten()
+            return rows
+
         counts = []
-        keys = torch.arange(count)
-        seen = rule.mod(count, count)
-        zero = torch.zeros((), dtype=torch.int64)
-        for first in range(0, count, q_run):
-            queries = torch.arange(first, min(first + q_run, count))
-            union = seen(zero, zero, queries[:, None], keys[None]).any(0).nonzero()[:, 0]
-            origin = union[0] if self.kv_start == "dynamic" else 0
-            counts.append(len(torch.unique((union - origin) // kv_run)))
+        for begin in range(0, count, q_run):
+            end = min(begin + q_run, count)
+            lower, upper = [], []
+            for row in range(begin // inner, (end - 1) // inner + 1):
+                # Neighbours' windows touch, so the union along the last axis is an interval.
+                own = slice(max(begin - row * inner, 0), min(end - row * inner, inner))
+                keys = rows_seen(row) * inner
+                lower.append(keys + start[own].min())
+                upper.append(keys + stop[own].max() - 1)
+            origin = min(int(keys.min()) for keys in lower) if self.kv_start == "dynamic" else 0
+            first, last = ((torch.cat(keys) - origin).div(kv_run, rounding_mode="floor") for keys in (lower, upper))
+            # Beginnings less ends so far: how many intervals cover a tile.
+            cover = torch.zeros(count // kv_run + 2, dtype=torch.int64)
+            cover.index_add_(0, first, torch.ones_like(first))
+            cover.index_add_(0, last + 1, -torch.ones_like(last))
+            counts.append(int((cover.cumsum(0) > 0).sum()))
         return torch.tensor(counts)
 
     @property
@@ -388,7 +362,7 @@ class GNASimulator:
     @property
     def flop_bound(self) -> float:
         """Speedup if only visible pairs cost anything."""
-        return math.prod(self.shape) ** 2 / _visible_pairs(self.rule)
+        return math.prod(self.shape) ** 2 / visible_pairs(self.rule)
 
     @property
     def tile_bound(self) -> float:
@@ -404,7 +378,7 @@ class GNASimulator:
     def is_perfectly_block_sparse(self) -> bool:
         """Whether visited tiles hold nothing but visible pairs, so that no mask is needed."""
         if self.tiling == "flat":
-            visible = _visible_pairs(self.rule)
+            visible = visible_pairs(self.rule)
             q_run, kv_run = math.prod(self._q_tile), math.prod(self._kv_tile)
             return bool(self.visited().sum() * q_run * kv_run == visible)
         for axis, side in enumerate(self._kv_tile):

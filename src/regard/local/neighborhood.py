@@ -1,0 +1,159 @@
+"""Neighbourhoods of grids in front of the block-sparse executor: tile order, layout, relative positions.
+
+Used by all papers whose queries see a window of nearby keys. What depends on sizes alone is made once and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from regard.errors import OptionError
+from regard.kernels import TableBias, block_sparse_attention
+from regard.layout import BlockLayout
+from regard.local.tiles import TileOrder, balanced_tile, tile_order
+from regard.masks import Causal, Mask, Neighborhood, Reindexed, axis_windows
+from regard.mechanism import per_axis
+
+__all__ = [
+    "NeighborhoodPlan",
+    "fitted_neighborhood",
+    "neighborhood_plan",
+    "offset_entries",
+    "visible_pairs",
+]
+
+Axes = int | Sequence[int]
+
+
+def fitted_neighborhood(
+    grid: Sequence[int], window: Axes, stride: Axes = 1, dilation: Axes = 1, causal: bool | Sequence[bool] = False
+) -> Neighborhood:
+    """The neighbourhood on ``grid``, as far as its axes allow: dilation gives way first, then the window, then the
+    stride."""
+    axes = len(grid)
+    flags = (causal,) * axes if isinstance(causal, bool) else tuple(causal)
+    if len(flags) != axes:
+        raise OptionError(f"causal_axes {flags} has {len(flags)} values, but the grid has {axes} axes.")
+    windows, rates = per_axis("window", window, axes), per_axis("dilation", dilation, axes)
+    rate = tuple(max(min(d, n // w), 1) for n, w, d in zip(grid, windows, rates, strict=True))
+    size = tuple(min(w, n // d) for n, w, d in zip(grid, windows, rate, strict=True))
+    step = tuple(min(s, w) for s, w in zip(per_axis("stride", stride, axes), size, strict=True))
+    return Neighborhood(tuple(grid), size, step, rate, flags)
+
+
+def visible_pairs(rule: Neighborhood) -> int:
+    """Pairs of a neighbourhood: the product over axes of what each admits."""
+    pairs = 1
+    for length, window, stride, dilation, causal in zip(
+        rule.grid, rule.window, rule.stride, rule.dilation, rule.causal, strict=True
+    ):
+        start, stop = axis_windows(length, window, stride, dilation, causal, rule.border)
+        pairs *= int((stop - start + dilation - 1).div(dilation, rounding_mode="floor").sum())
+    return pairs
+
+
+def offset_entries(query: Tensor, key: Tensor, rule: Neighborhood, window: Sequence[int]) -> Tensor:
+    """Place of the offset between two tokens in a table ``prod(2 window - 1)``, row-major.
+
+    query, key: tokens of ``rule``'s grid in row-major order. The offset on an axis is key minus query in steps of the
+    dilation, from ``-(w - 1)`` to ``w - 1``; ``window`` may be larger than the rule's.
+    """
+    entry, step = torch.zeros_like(query + key), 1
+    place = 1
+    for length, rate, side in reversed(list(zip(rule.grid, rule.dilation, window, strict=True))):
+        offset = ((key // step) % length - (query // step) % length).div(rate, rounding_mode="floor")
+        # Pairs further apart are not seen; their place must only stay on its own axis.
+        entry = entry + (offset.clamp(1 - side, side - 1) + side - 1) * place
+        step, place = step * length, place * (2 * side - 1)
+    return entry
+
+
+@dataclass(frozen=True, eq=False)
+class NeighborhoodPlan:
+    """Queries and keys in tile order, and the blocks that a neighbourhood needs there."""
+
+    rule: Neighborhood
+    visible: Mask
+    """The rule and what else hides keys, on the grid's tokens."""
+    queries: TileOrder
+    keys: TileOrder
+    layout: BlockLayout
+    entries: Callable[[Tensor, Tensor], Tensor]
+    """Places in a bias table of the rule's own window, by tokens in tile order."""
+
+    def restricted(self, mask: Mask) -> NeighborhoodPlan:
+        """With ``mask``, on the grid's tokens, as well."""
+        visible = self.visible & mask
+        layout = _layout(visible, self.queries, self.keys)
+        return NeighborhoodPlan(self.rule, visible, self.queries, self.keys, layout, self.entries)
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        table: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend: ``(batch, heads, tokens, dim)`` in and out, in the grid's order; the log-sum-exp if asked for.
+
+        table: a bias ``(heads | 1, prod(2 window - 1))`` for the rule's window (see :func:`offset_entries`).
+        """
+        bias = None if table is None else TableBias(table, self.entries)
+        q, k, v = self.queries.apply(query), self.keys.apply(key), self.keys.apply(value)
+        if not return_lse:
+            return self.queries.undo(block_sparse_attention(q, k, v, self.layout, scale=scale, bias=bias)), None
+        out, lse = block_sparse_attention(q, k, v, self.layout, scale=scale, bias=bias, return_lse=True)
+        return self.queries.undo(out), self.queries.undo(lse)
+
+    def computed(self) -> float:
+        """Query-key pairs that the executor forms, filling of tiles not counted."""
+        rows, columns = (order.block_tokens().to(torch.float64) for order in (self.queries, self.keys))
+        return float((self.layout.visit.to(torch.float64) * rows[:, None] * columns).sum((-2, -1)).mean())
+
+
+def neighborhood_plan(
+    rule: Neighborhood,
+    device: torch.device,
+    *,
+    raster: bool = False,
+    tile: Axes | None = None,
+    kv_tile: Axes | None = None,
+) -> NeighborhoodPlan:
+    """The plan of ``rule``. raster: later tokens in row-major order are hidden as well. tile, kv_tile: tokens per axis
+    computed together (of one residue class, where the rule is dilated), by default about a cube of 64 and the same."""
+    inner = tuple(-(-n // d) for n, d in zip(rule.grid, rule.dilation, strict=True))
+    sides = balanced_tile(inner) if tile is None else per_axis("tile", tile, len(inner))
+    key_sides = sides if kv_tile is None else per_axis("kv_tile", kv_tile, len(inner))
+    fitted = (tuple(min(a, b) for a, b in zip(part, inner, strict=True)) for part in (sides, key_sides))
+    return _plan(rule, raster, *fitted, device)
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _plan(
+    rule: Neighborhood, raster: bool, tile: tuple[int, ...], kv_tile: tuple[int, ...], device: torch.device
+) -> NeighborhoodPlan:
+    queries = tile_order(rule.grid, tile, rule.dilation, device)
+    keys = tile_order(rule.grid, kv_tile, rule.dilation, device)
+
+    def entries(query: Tensor, key: Tensor) -> Tensor:
+        return offset_entries(queries.order[query], keys.order[key], rule, rule.window)
+
+    visible: Mask = rule & Causal() if raster else rule
+    return NeighborhoodPlan(rule, visible, queries, keys, _layout(visible, queries, keys), entries)
+
+
+def _layout(rule: Mask, queries: TileOrder, keys: TileOrder) -> BlockLayout:
+    if not (queries.identity and keys.identity):
+        # A filling query may see what its model sees: its row is cut off, and tiles stay without a mask inside.
+        rule = Reindexed(rule, queries.order, keys.order, None, keys.valid, queries.length, keys.length)
+    return BlockLayout.of(rule, queries.padded, keys.padded, queries.block, keys.block, queries.order.device)
