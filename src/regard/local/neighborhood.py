@@ -5,7 +5,7 @@ Used by all papers whose queries see a window of nearby keys. What depends on si
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 Axes = int | Sequence[int]
+
+# Elements of the queries that are put into tile order at once where no gradient needs them afterwards.
+_PART = 1 << 17
 
 
 def fitted_neighborhood(
@@ -106,6 +109,20 @@ class NeighborhoodPlan:
 
         table: a bias ``(heads | 1, prod(2 window - 1))`` for the rule's window (see :func:`offset_entries`).
         """
+        tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        if self.queries.identity or tracked or return_lse or not self._shared:
+            return self._run(query, key, value, scale, table, return_lse)
+        # Tile order is a copy of everything; a few heads at a time it stays small beside the input.
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        for rows, heads, kv_heads in _parts(query, key):
+            bias = table if table is None or len(table) == 1 else table[heads]
+            part, _ = self._run(query[rows, heads], key[rows, kv_heads], value[rows, kv_heads], scale, bias, False)
+            out[rows, heads] = part
+        return out, None
+
+    def _run(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, table: Tensor | None, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         bias = None if table is None else TableBias(table, self.entries)
         q, k, v = self.queries.apply(query), self.keys.apply(key), self.keys.apply(value)
         if not return_lse:
@@ -113,10 +130,27 @@ class NeighborhoodPlan:
         out, lse = block_sparse_attention(q, k, v, self.layout, scale=scale, bias=bias, return_lse=True)
         return self.queries.undo(out), self.queries.undo(lse)
 
+    @property
+    def _shared(self) -> bool:
+        """Whether all sequences and heads have the same layout."""
+        return self.layout.visit.shape[:2] == (1, 1) and self.layout.mask.batch == self.layout.mask.heads == 1
+
     def computed(self) -> float:
         """Query-key pairs that the executor forms, filling of tiles not counted."""
         rows, columns = (order.block_tokens().to(torch.float64) for order in (self.queries, self.keys))
         return float((self.layout.visit.to(torch.float64) * rows[:, None] * columns).sum((-2, -1)).mean())
+
+
+def _parts(query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Ranges of sequences, heads and key heads whose queries stay within ``_PART`` elements, as far as cuts go."""
+    batch, groups = query.shape[0], query.shape[1] // key.shape[1]
+    per_group = groups * query.shape[2] * query.shape[3]
+    kv_step = max(min(_PART // per_group, key.shape[1]), 1)
+    step = max(_PART // (per_group * key.shape[1]), 1)
+    for row in range(0, batch, step):
+        for head in range(0, key.shape[1], kv_step):
+            stop = min(head + kv_step, key.shape[1])
+            yield slice(row, row + step), slice(head * groups, stop * groups), slice(head, stop)
 
 
 def neighborhood_plan(

@@ -43,8 +43,8 @@ def run(report: Callable[[str], None]) -> Finding:
     with torch.no_grad():
         extra = {form: peak_bytes(lambda form=form: forward(form)) - output for form in FORMS}  # type: ignore[misc]
         wide = NeighborhoodAttention(31, backend="fused")
+        wide(query, key, value, grid=(SIDE, SIDE))  # what depends on sizes alone is made at the first call and kept
         extra_wide = peak_bytes(lambda: wide(query, key, value, grid=(SIDE, SIDE))) - output
-    stored = na_memory((SIDE, SIDE), WINDOW, HEADS, form="unfused")
     report(f"bytes beyond inputs and output: {extra}, fused with window 31: {extra_wide}")
     flops = na_flops((SIDE, SIDE), WINDOW, HEADS, HEAD_DIM) / (4 * HEADS * (SIDE * SIDE) ** 2 * HEAD_DIM)
     return Finding(
@@ -57,12 +57,12 @@ def run(report: Callable[[str], None]) -> Finding:
             "extra_bytes_fused_window_31": extra_wide,
             "extra_bytes_gemm": extra["gemm"],
             "extra_bytes_unfused": extra["unfused"],
-            "bytes_of_stored_weights": stored,
-            "memory_ratio_stored_weights_over_fused": round(stored / extra["fused"], 2),
+            "bytes_of_stored_weights": na_memory((SIDE, SIDE), WINDOW, HEADS, form="unfused"),
+            "memory_ratio_unfused_over_fused": round(extra["unfused"] / extra["fused"], 2),
             "flop_ratio_to_dense": round(flops, 4),
         },
-        over["unfused"] >= 3 and stored >= 8 * extra["fused"],
+        over["unfused"] >= 3 and extra["unfused"] >= 8 * extra["fused"],
         "Holds if the fused form is at least 3 times faster forward than the form that goes key by key and stores its "
-        "scores, and its memory beyond inputs and output (tile order of query, key and value included) is at least 8 "
-        "times below the stored weights'. The papers' factors are those of half precision on a GPU.",
+        "scores, and its memory beyond inputs and output (their copies in tile order included) is at least 8 times "
+        "below that form's. The paper's factors are those of half precision on a GPU.",
     )
