@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.rows import Report, Row, gradients, inputs
+from benchmarks.rows import Report, Row, gradients, inputs, peak_growth, run_alone
 from regard.kernels import block_sparse_attention, linear_attention
 from regard.layout import BlockLayout
 from regard.masks import Causal, SlidingWindow
@@ -26,7 +23,7 @@ def run(report: Report, quick: bool) -> list[Row]:
     rows = []
     for kernel in ("block_sparse", "linear"):
         report(f"memory of {kernel}: {', '.join(map(str, lengths))} tokens")
-        first, second, third = (_measure(kernel, length) for length in lengths)
+        first, second, third = (run_alone("benchmarks.memory", kernel, str(length)) for length in lengths)
         note = "peak beyond the inputs, forward + backward, 8 heads: " + ", ".join(
             f"{peak / 2**20:.0f} MiB at {length}" for peak, length in zip((first, second, third), lengths, strict=True)
         )
@@ -37,22 +34,7 @@ def run(report: Report, quick: bool) -> list[Row]:
     return rows
 
 
-def _measure(kernel: str, length: int) -> int:
-    command = [sys.executable, "-m", "benchmarks.memory", kernel, str(length)]
-    # glibc is told to give freed memory back at once, so that the peak is what was held and not what was ever touched.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return int(done.stdout.split()[-1])
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}; this measurement needs Linux.")
-
-
-def peak_growth(kernel: str, length: int) -> int:
+def peak(kernel: str, length: int) -> int:
     """Bytes that a forward and backward pass holds at most beyond what is resident before it."""
     tensors = inputs(HEADS, length, grad=True)
     if kernel == "block_sparse":
@@ -66,13 +48,8 @@ def peak_growth(kernel: str, length: int) -> int:
     short = tuple(t[:, :, :64].detach().requires_grad_() for t in tensors)
     small = BlockLayout.of(Causal(), 64, 64, 64, 64)
     torch.autograd.grad(block_sparse_attention(*short, small).sum(), short)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    held = step()
-    peak = _status("VmHWM")
-    del held
-    return peak - before
+    return peak_growth(step)
 
 
 if __name__ == "__main__":
-    print(peak_growth(sys.argv[1], int(sys.argv[2])))
+    print(peak(sys.argv[1], int(sys.argv[2])))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,7 +15,7 @@ from torch import Tensor
 
 from regard.bench.measure import median_ratio
 
-__all__ = ["Report", "Row", "Times", "gradients", "inputs", "ratio"]
+__all__ = ["Report", "Row", "Times", "gradients", "inputs", "peak_growth", "ratio", "run_alone"]
 
 Report = Callable[[str], None]
 Times = dict[str, list[float]]
@@ -57,3 +61,29 @@ def gradients(
     """Forward and backward of ``call`` as one call without arguments."""
     grad = torch.randn(*tensors[0].shape, generator=torch.Generator().manual_seed(1))
     return lambda: torch.autograd.grad(call(*tensors), tensors, grad)
+
+
+def run_alone(module: str, *arguments: str) -> int:
+    """The number that ``python -m module arguments`` prints last: a process of its own, where nothing hides a peak."""
+    # glibc is told to give freed memory back at once, so that the peak is what was held and not what was ever touched.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout.split()[-1])
+
+
+def peak_growth(call: Callable[[], object]) -> int:
+    """Bytes that a call holds at most beyond what is resident before it."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    held = call()
+    peak = _status("VmHWM")
+    del held
+    return peak - before
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}; this measurement needs Linux.")

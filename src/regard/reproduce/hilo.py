@@ -17,7 +17,7 @@ from regard.reproduce.finding import Finding
 SIDE, CHANNELS, HEADS, BATCH = 14, 384, 12, 32
 
 
-class _Baseline(nn.Module):
+class Rival(nn.Module):
     """The rivals, on the same executor. window: 0 is global. reduce: shorten keys and values by a convolution."""
 
     def __init__(self, window: int = 0, reduce: int = 1) -> None:
@@ -68,9 +68,9 @@ def run(report: Callable[[str], None]) -> Finding:
     grid, x = (SIDE, SIDE), torch.randn(BATCH, SIDE * SIDE, CHANNELS)
     modules: dict[str, nn.Module] = {
         "hilo": HiLoAttention(CHANNELS, HEADS, window=2, alpha=0.9),
-        "standard": _Baseline(),
-        "spatial_reduction": _Baseline(reduce=2),
-        "window_7": _Baseline(window=7),
+        "standard": Rival(),
+        "spatial_reduction": Rival(reduce=2),
+        "window_7": Rival(window=7),
     }
     calls: dict[str, Callable[[], object]] = {n: partial(module, x, grid=grid) for n, module in modules.items()}
     taken = interleaved(calls, rounds=11, warmup=2)

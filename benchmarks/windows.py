@@ -1,0 +1,98 @@
+"""Window attention against SDPA over the same windows, and HiLo against its rivals at a third stage's size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.rows import Report, Row, ratio
+from regard.bench.measure import interleaved
+from regard.local.swin import SwinAttention
+from regard.local.windows import window_plan
+from regard.registry import create
+from regard.reproduce.hilo import Rival
+
+
+def run(report: Report, quick: bool) -> list[Row]:
+    """Swin's windows with bias and shift on a first stage's map; HiLo on 14 x 14 tokens of 384 channels."""
+    return [*_swin(report, quick), *_hilo(report, quick)]
+
+
+def _swin(report: Report, quick: bool) -> list[Row]:
+    side, heads, window, batch = 56, 3, 7, 2 if quick else 16
+    query, key, value = (torch.randn(batch, heads, side * side, 32) for _ in range(3))
+    rows = []
+    for shift in (0, 3):
+        swin = SwinAttention(window, shift, num_heads=heads)
+        plan = window_plan((side, side), (window, window), (shift, shift), query.device)
+        assert swin.position_bias is not None
+        bias, visible = swin.position_bias().detach()[None], plan.visible()
+        if visible is not None:
+            bias = bias.masked_fill(~visible[:, None], float("-inf")).repeat(batch, 1, 1, 1)
+        cut = [_windows(t, side, window, shift) for t in (query, key, value)]
+
+        def plain(bias: Tensor = bias, shift: int = shift) -> Tensor:
+            parts = [_windows(t, side, window, shift) for t in (query, key, value)]
+            return _whole(F.scaled_dot_product_attention(*parts, attn_mask=bias), side, window, shift)
+
+        calls: dict[str, Callable[[], object]] = {
+            "swin": lambda swin=swin: swin(query, key, value, grid=(side, side)),  # type: ignore[misc]
+            "plain": plain,
+            "cut": lambda cut=cut, bias=bias: F.scaled_dot_product_attention(*cut, attn_mask=bias),  # type: ignore[misc]
+        }
+        report(f"swin, shift {shift}")
+        with torch.no_grad():
+            times = interleaved(calls, 3 if quick else 15, warmup=2)
+        name = f"swin windows, shift {shift}"
+        rows += [
+            Row(
+                f"{name}, over SDPA with torch's own partition",
+                ratio(times, "swin", "plain"),
+                target=None if quick else 1.1,
+                sense="<=",
+                note=f"time, {side} x {side} tokens, window {window}, batch {batch}, 3 heads of 32",
+            ),
+            Row(f"{name}, over SDPA on windows already cut", ratio(times, "swin", "cut"), note="time"),
+        ]
+    return rows
+
+
+def _windows(x: Tensor, side: int, window: int, shift: int) -> Tensor:
+    """``(batch, heads, tokens, dim)`` -> ``(batch * windows, heads, window^2, dim)``, as one writes it by hand."""
+    batch, heads, _, dim = x.shape
+    maps = x.view(batch, heads, side, side, dim)
+    maps = maps.roll((-shift, -shift), (2, 3)) if shift else maps
+    count = side // window
+    cut = maps.view(batch, heads, count, window, count, window, dim).permute(0, 2, 4, 1, 3, 5, 6)
+    return cut.reshape(-1, heads, window * window, dim)
+
+
+def _whole(x: Tensor, side: int, window: int, shift: int) -> Tensor:
+    heads, dim, count = x.shape[1], x.shape[-1], side // window
+    maps = x.view(-1, count, count, heads, window, window, dim).permute(0, 3, 1, 4, 2, 5, 6)
+    maps = maps.reshape(-1, heads, side, side, dim)
+    return (maps.roll((shift, shift), (2, 3)) if shift else maps).flatten(2, 3)
+
+
+def _hilo(report: Report, quick: bool) -> list[Row]:
+    side, channels, heads, batch = 14, 384, 12, 4 if quick else 32
+    x = torch.randn(batch, side * side, channels)
+    modules = {
+        "hilo": create("hilo", embed_dim=channels, num_heads=heads, window=2, alpha=0.9),
+        "standard": Rival(),
+        "spatial reduction": Rival(reduce=2),
+        "windows of 7": Rival(window=7),
+    }
+    report("hilo")
+    with torch.no_grad():
+        calls = {name: lambda module=module: module(x, grid=(side, side)) for name, module in modules.items()}  # type: ignore[misc]
+        times = interleaved(calls, 3 if quick else 15, warmup=2)
+    note = f"{side} x {side} tokens, {channels} channels, batch {batch}, forward, all on the same kernels"
+    targets = {"standard": None, "spatial reduction": 1.4, "windows of 7": 1.6}
+    return [
+        Row(f"HiLo over {name}", ratio(times, name, "hilo"), target=None if quick else target, note=note)
+        for name, target in targets.items()
+    ]
