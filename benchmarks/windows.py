@@ -23,13 +23,14 @@ def run(report: Report, quick: bool) -> list[Row]:
 
 def _swin(report: Report, quick: bool) -> list[Row]:
     side, heads, window, batch = 56, 3, 7, 2 if quick else 16
-    query, key, value = (torch.randn(batch, heads, side * side, 32) for _ in range(3))
+    # As projections give them: heads beside their channels.
+    query, key, value = (torch.randn(batch, side * side, heads, 32).transpose(1, 2) for _ in range(3))
     rows = []
     for shift in (0, 3):
         swin = SwinAttention(window, shift, num_heads=heads)
         plan = window_plan((side, side), (window, window), (shift, shift), query.device)
         assert swin.position_bias is not None
-        bias, visible = swin.position_bias().detach()[None], plan.visible()
+        bias, visible = swin.position_bias().detach()[None], plan.visible
         if visible is not None:
             bias = bias.masked_fill(~visible[:, None], float("-inf")).repeat(batch, 1, 1, 1)
         cut = [_windows(t, side, window, shift) for t in (query, key, value)]
@@ -63,18 +64,18 @@ def _swin(report: Report, quick: bool) -> list[Row]:
 def _windows(x: Tensor, side: int, window: int, shift: int) -> Tensor:
     """``(batch, heads, tokens, dim)`` -> ``(batch * windows, heads, window^2, dim)``, as one writes it by hand."""
     batch, heads, _, dim = x.shape
-    maps = x.view(batch, heads, side, side, dim)
-    maps = maps.roll((-shift, -shift), (2, 3)) if shift else maps
+    maps = x.transpose(1, 2).view(batch, side, side, heads, dim)
+    maps = maps.roll((-shift, -shift), (1, 2)) if shift else maps
     count = side // window
-    cut = maps.view(batch, heads, count, window, count, window, dim).permute(0, 2, 4, 1, 3, 5, 6)
-    return cut.reshape(-1, heads, window * window, dim)
+    cut = maps.view(batch, count, window, count, window, heads, dim).permute(0, 1, 3, 2, 4, 5, 6)
+    return cut.reshape(-1, window * window, heads, dim).transpose(1, 2)
 
 
 def _whole(x: Tensor, side: int, window: int, shift: int) -> Tensor:
     heads, dim, count = x.shape[1], x.shape[-1], side // window
-    maps = x.view(-1, count, count, heads, window, window, dim).permute(0, 3, 1, 4, 2, 5, 6)
-    maps = maps.reshape(-1, heads, side, side, dim)
-    return (maps.roll((shift, shift), (2, 3)) if shift else maps).flatten(2, 3)
+    maps = x.transpose(1, 2).reshape(-1, count, count, window, window, heads, dim).permute(0, 1, 3, 2, 4, 5, 6)
+    maps = maps.reshape(-1, side, side, heads, dim)
+    return (maps.roll((shift, shift), (1, 2)) if shift else maps).flatten(1, 2).transpose(1, 2)
 
 
 def _hilo(report: Report, quick: bool) -> list[Row]:

@@ -46,7 +46,13 @@ from regard.kernels import (
 )
 from regard.kernels.backends import resolve
 from regard.layers.position_bias import RelativePositionBias
-from regard.local.neighborhood import fitted_neighborhood, neighborhood_plan, offset_entries, visible_pairs
+from regard.local.neighborhood import (
+    bias_table,
+    fitted_neighborhood,
+    neighborhood_plan,
+    offset_entries,
+    visible_pairs,
+)
 from regard.masks import Causal, Mask, Neighborhood
 from regard.mechanism import Mechanism, Request
 from regard.registry import register
@@ -263,9 +269,8 @@ class NeighborhoodAttention(Mechanism):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
         grid = (query.shape[2],) if request.grid is None else request.grid
-        rule, table = self.rule(grid, request.causal), self._table(grid, query.shape[1])
-        if table is not None:
-            table = _resized(table, self.position_bias, rule)  # type: ignore[arg-type]
+        rule = self.rule(grid, request.causal)
+        table = self._table(rule, query.shape[1])
         raster = request.causal and len(grid) > 1
         form = resolve("neighborhood", self.backend if self.backend != "auto" else None, FORMS)
         if form in ("auto", "fused"):
@@ -280,16 +285,16 @@ class NeighborhoodAttention(Mechanism):
             return _dense(query, key, value, rule, visible, table, request.scale)
         return _stored_attention(query, key, value, rule, visible, table, request.scale, _STORED[form])
 
-    def _table(self, grid: Sequence[int], heads: int) -> Tensor | None:
+    def _table(self, rule: Neighborhood, heads: int) -> Tensor | None:
         if self.position_bias is None:
             return None
         axes = len(self.position_bias.window)
-        if len(grid) != axes or self.position_bias.num_heads not in (1, heads):
+        if len(rule.grid) != axes or self.position_bias.num_heads not in (1, heads):
             raise ShapeError(
                 f"This fna has a bias for {self.position_bias.num_heads} heads on grids of {axes} axes, got {heads} "
-                f"heads on {tuple(grid)}; build it with num_heads and axes, and pass grid."
+                f"heads on {rule.grid}; build it with num_heads and axes, and pass grid."
             )
-        return self.position_bias.table.T
+        return bias_table(self.position_bias, rule)
 
     def computed_pairs(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> float:
         grid = (query.shape[2],) if request.grid is None else request.grid
@@ -326,16 +331,6 @@ def _table(rpb: Tensor, rule: Neighborhood) -> Tensor:
     if tuple(rpb.shape[1:]) != expected:
         raise ShapeError(f"A bias for windows of {rule.window} is (heads, {expected}), got {tuple(rpb.shape)}.")
     return rpb.flatten(1)
-
-
-def _resized(table: Tensor, bias: RelativePositionBias, rule: Neighborhood) -> Tensor:
-    """The part of a table ``(heads, entries)`` that a smaller window uses."""
-    if bias.window == rule.window:
-        return table
-    part = table.unflatten(1, [2 * side - 1 for side in bias.window])
-    for axis, (side, own) in enumerate(zip(bias.window, rule.window, strict=True), start=1):
-        part = part.narrow(axis, side - own, 2 * own - 1)
-    return part.flatten(1)
 
 
 def _bias_of(neighbors: Neighbors, rule: Neighborhood, table: Tensor) -> Tensor:

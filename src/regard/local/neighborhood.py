@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regard.errors import OptionError
 from regard.kernels import TableBias, block_sparse_attention
+from regard.layers.position_bias import RelativePositionBias
 from regard.layout import BlockLayout
 from regard.local.tiles import TileOrder, balanced_tile, tile_order
 from regard.masks import Causal, Mask, Neighborhood, Reindexed, axis_windows
@@ -21,6 +22,7 @@ from regard.mechanism import per_axis
 
 __all__ = [
     "NeighborhoodPlan",
+    "bias_table",
     "fitted_neighborhood",
     "neighborhood_plan",
     "offset_entries",
@@ -74,6 +76,17 @@ def offset_entries(query: Tensor, key: Tensor, rule: Neighborhood, window: Seque
         entry = entry + (offset.clamp(1 - side, side - 1) + side - 1) * place
         step, place = step * length, place * (2 * side - 1)
     return entry
+
+
+def bias_table(bias: RelativePositionBias, rule: Neighborhood) -> Tensor:
+    """The part of a learned table that a neighbourhood uses, ``(heads, prod(2 window - 1))``: all of it, unless the
+    map made the window smaller."""
+    if bias.window == rule.window:
+        return bias.table.T
+    part = bias.table.T.unflatten(1, [2 * side - 1 for side in bias.window])
+    for axis, (side, own) in enumerate(zip(bias.window, rule.window, strict=True), start=1):
+        part = part.narrow(axis, side - own, 2 * own - 1)
+    return part.flatten(1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,5 @@
-"""Rectangular windows on grids of any number of axes: partition, cyclic shift, who may see whom, and attention inside.
+"""Rectangular windows on grids of any number of axes: partition, halos, cyclic shift, who may see whom, and attention
+inside.
 
 Used by all papers that cut a map into windows or stripes. A grid that is no multiple of the window is filled up at the
 end of each axis; filling is never seen.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,9 +20,13 @@ from torch import Tensor
 from regard.errors import OptionError, ShapeError
 from regard.kernels import dense_attention
 from regard.masks import Boolean, Mask
+from regard.mechanism import per_axis
 
 __all__ = [
+    "WindowKernel",
     "WindowPlan",
+    "dense_windows",
+    "halo_gather",
     "pad_to_windows",
     "pool_windows",
     "window_partition",
@@ -29,6 +34,11 @@ __all__ = [
     "window_reverse",
     "windowed_attention",
 ]
+
+WindowKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float | None], Tensor]
+"""``(query, key, value, bias, mask, scale)`` on ``(windows, heads, n, head_dim)``, with a bias ``(heads, n, n)`` and a
+mask ``(distinct windows, n, n)`` or ``(distinct windows, heads | 1, n, n)``, boolean (True: visible) or added to the
+logits; the windows of each example follow one another. A row with nothing to see gives zeros."""
 
 
 def pad_to_windows(x: Tensor, window: Sequence[int]) -> Tensor:
@@ -67,12 +77,59 @@ def pool_windows(x: Tensor, window: Sequence[int], count_filling: bool = False) 
     A window that sticks out is averaged over its real tokens, or with ``count_filling`` over zeros there as well.
     """
     sides, batch = tuple(window), x.shape[0]
-    total = window_partition(pad_to_windows(x, sides), sides).flatten(1, -2).sum(1)
-    count: Tensor | int = math.prod(sides)
-    if not count_filling:
-        real = torch.ones(1, *x.shape[1:-1], 1, dtype=total.dtype, device=x.device)
-        count = window_partition(pad_to_windows(real, sides), sides).flatten(1, -2).sum(1).repeat(batch, 1)
-    return (total / count).view(batch, -1, x.shape[-1])
+    filled = pad_to_windows(x, sides)
+    counts = [length // side for length, side in zip(filled.shape[1:-1], sides, strict=True)]
+    total = filled.reshape(batch, *itertools.chain.from_iterable(zip(counts, sides, strict=True)), x.shape[-1])
+    # Axis by axis, from the last: sums of whole rows of channels are several times as fast as one sum over all axes.
+    for axis in range(2 * len(sides), 0, -2):
+        total = total.sum(axis)
+    number = torch.full((1,), math.prod(sides), device=x.device)
+    if not count_filling and filled.shape != x.shape:
+        number = number.new_ones(1)
+        for length, side, count in zip(x.shape[1:-1], sides, counts, strict=True):
+            own = (length - torch.arange(count, device=x.device) * side).clamp_max(side)
+            number = (number[:, None] * own).flatten()
+    return total.view(batch, -1, x.shape[-1]) / number[:, None]
+
+
+def halo_gather(x: Tensor, block: int | Sequence[int], halo: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Each block of a map, grown by ``halo`` positions on every side: ``(batch, *space, channels)`` -> ``(batch,
+    blocks, n, channels)`` with ``n = prod(block + 2 halo)``, and which of them lie on the map, boolean ``(blocks, n)``.
+
+    Blocks, and positions in each, are in row-major order. What lies outside is zeros; a map that blocks do not divide
+    is filled up at the end of each axis.
+    """
+    axes = x.dim() - 2
+    sides, rims = per_axis("block", block, axes), per_axis("halo", halo, axes)
+    if min(sides) < 1 or min(rims) < 0:
+        raise OptionError(f"Need blocks of at least 1 and a halo of at least 0, got {sides} and {rims}.")
+    space = tuple(x.shape[1:-1])
+    place, real = _halo_places(space, sides, rims, x.device)
+    border = [(rim, -n % side + rim) for n, side, rim in zip(space, sides, rims, strict=True)]
+    filled = F.pad(x, [0, 0, *itertools.chain.from_iterable(reversed(border))])
+    taken = filled.flatten(1, -2).index_select(1, place)
+    return taken.view(x.shape[0], *real.shape, x.shape[-1]), real
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _halo_places(
+    space: tuple[int, ...], block: tuple[int, ...], halo: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Index into the filled map's tokens, blocks one after the other, and which are of the map itself."""
+    axes = len(space)
+    place = torch.zeros((1,) * (2 * axes), dtype=torch.int64)
+    real = torch.ones((1,) * (2 * axes), dtype=torch.bool)
+    for axis, (length, side, rim) in enumerate(zip(space, block, halo, strict=True)):
+        count, width = -(-length // side), side + 2 * rim
+        at = torch.arange(count)[:, None] * side + torch.arange(width)
+        form = [1] * (2 * axes)
+        form[axis], form[axes + axis] = count, width
+        place = place * (count * side + 2 * rim) + at.view(form)
+        real = real & ((at >= rim) & (at < rim + length)).view(form)
+    inner = math.prod(side + 2 * rim for side, rim in zip(block, halo, strict=True))
+    return place.flatten().to(device), real.reshape(-1, inner).to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +138,8 @@ class WindowPlan:
 
     ``token`` ``(windows, n)``: the token at each place (any, where ``valid`` ``(windows, n)`` is False: filling).
     ``inverse`` ``(length,)``: the place of each token among all windows'. ``region`` ``(windows, n)``: tokens of one
-    window that were neighbours before the shift have the same number. ``window``: its sides.
+    window that were neighbours before the shift have the same number. ``window``: its sides. ``visible``
+    ``(windows, n, n)``: True for real keys of the query's own region; None if all pairs are. ``whole``: no filling.
     """
 
     token: Tensor
@@ -89,11 +147,8 @@ class WindowPlan:
     inverse: Tensor
     region: Tensor
     window: tuple[int, ...]
-
-    def visible(self) -> Tensor | None:
-        """Boolean ``(windows, n, n)``, True for real keys of the query's own region; None if all pairs are."""
-        seen = (self.region[:, :, None] == self.region[:, None]) & self.valid[:, None]
-        return None if bool(seen.all()) else seen
+    visible: Tensor | None
+    whole: bool
 
     @property
     def pairs(self) -> int:
@@ -102,17 +157,17 @@ class WindowPlan:
 
     def apply(self, x: Tensor) -> Tensor:
         """``(batch, heads, length, dim)`` -> ``(batch * windows, heads, n, dim)``; filling is zeros."""
-        batch, heads, _, dim = x.shape
-        taken = x.index_select(2, self.token.flatten())
-        if not bool(self.valid.all()):
-            taken = taken.masked_fill(~self.valid.flatten()[:, None], 0)
-        return taken.view(batch, heads, *self.token.shape, dim).transpose(1, 2).flatten(0, 1)
+        # Heads stay beside their channels: a token is copied as one piece, and once.
+        taken = x.transpose(1, 2).index_select(1, self.token.flatten())
+        if not self.whole:
+            taken = taken.masked_fill(~self.valid.flatten()[:, None, None], 0)
+        return taken.reshape(-1, self.token.shape[1], *taken.shape[2:]).transpose(1, 2)
 
     def undo(self, windows: Tensor) -> Tensor:
         """``(batch * windows, heads, n, dim)`` -> ``(batch, heads, length, dim)``."""
         heads, dim = windows.shape[1], windows.shape[-1]
-        x = windows.view(-1, len(self.token), *windows.shape[1:]).transpose(1, 2)
-        return x.reshape(len(x), heads, -1, dim).index_select(2, self.inverse)
+        x = windows.transpose(1, 2).reshape(-1, self.token.numel(), heads, dim)
+        return x.index_select(1, self.inverse).transpose(1, 2)
 
 
 @torch.compiler.disable
@@ -142,7 +197,35 @@ def window_plan(
     real = valid.flatten()
     inverse = torch.empty(math.prod(grid), dtype=torch.int64)
     inverse[token.flatten()[real]] = torch.arange(len(real))[real]
-    return WindowPlan(token.to(device), valid.to(device), inverse.to(device), region.to(device), window)
+    token, valid, inverse, region = (t.to(device) for t in (token, valid, inverse, region))
+    whole, apart = bool(valid.all()), bool((region != region[:, :1]).any())
+    visible = None if whole else valid[:, None].expand(-1, inner, -1)
+    if apart:
+        visible = (region[:, :, None] == region[:, None]) & valid[:, None]
+    return WindowPlan(token, valid, inverse, region, window, visible, whole)
+
+
+def dense_windows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The :data:`WindowKernel` that is :func:`~regard.kernels.dense_attention` on a batch of windows."""
+    logits, rule = None if bias is None else bias[None], None
+    if mask is not None:
+        every = (mask[:, None] if mask.dim() == 3 else mask).repeat(len(query) // len(mask), 1, 1, 1)
+        if mask.dtype == torch.bool:
+            rule = Boolean(every)
+        else:
+            visible = every > float("-inf")
+            rule, every = Boolean(visible), every.to(query.dtype).masked_fill(~visible, 0)
+            logits = every if logits is None else logits + every
+    return dense_attention(query, key, value, bias=logits, mask=rule, scale=scale, backend=backend)
 
 
 def windowed_attention(
@@ -155,27 +238,28 @@ def windowed_attention(
     mask: Mask | None = None,
     scale: float | None = None,
     fill_logit: float | None = None,
+    kernel: WindowKernel = dense_windows,
 ) -> Tensor:
     """Attention inside each window of ``plan``: ``(batch, heads, length, dim)`` in and out.
 
     bias: ``(heads, n, n)`` added to the logits of each window. mask: on the grid's tokens. fill_logit: where given,
     pairs of different regions get it added instead of being hidden, and filling is visible, as in early releases.
+    kernel: what runs the windows.
     """
-    batch, length = query.shape[0], query.shape[2]
-    windows, n = plan.token.shape
-    seen = plan.visible() if fill_logit is None else None
-    logits = None if bias is None else bias[None]
-    if fill_logit is not None and bool(plan.region.any()):
-        apart = (plan.region[:, :, None] != plan.region[:, None])[:, None] * fill_logit
-        logits = (apart if logits is None else logits + apart).to(query.dtype).repeat(batch, 1, 1, 1)
-    visible = None if seen is None else seen[None, None]
+    length = query.shape[2]
+    rule: Tensor | None = None
+    if fill_logit is None:
+        rule = plan.visible
+    elif bool(plan.region.any()):
+        rule = (plan.region[:, :, None] != plan.region[:, None]) * fill_logit
     if mask is not None:
-        allowed = mask.at(plan.token[None, None, :, :, None], plan.token[None, None, :, None, :], length, length)
-        visible = allowed if visible is None else visible & allowed
-    rule = None
-    if visible is not None:
-        whole = visible.expand(batch, -1, windows, n, n).transpose(1, 2).flatten(0, 1)
-        rule = Boolean(whole)
-
+        seen = mask.at(plan.token[None, None, :, :, None], plan.token[None, None, :, None, :], length, length)
+        pairs = (*plan.token.shape, plan.token.shape[1])
+        allowed = seen.expand(*seen.shape[:2], *pairs).transpose(1, 2).flatten(0, 1)
+        if rule is None:
+            rule = allowed
+        else:
+            every = rule.repeat(len(allowed) // len(rule), 1, 1)[:, None]
+            rule = every & allowed if fill_logit is None else every.masked_fill(~allowed, float("-inf"))
     q, k, v = (plan.apply(x) for x in (query, key, value))
-    return plan.undo(dense_attention(q, k, v, bias=logits, mask=rule, scale=scale))
+    return plan.undo(kernel(q, k, v, bias, rule, scale))
