@@ -119,6 +119,8 @@ class Mechanism(nn.Module, Traits):
     """Whether the output is linear in the values, given queries and keys."""
     decodes: ClassVar[bool] = False
     """Whether ``step`` gives, token by token, the numbers of the causal parallel form."""
+    off_grid: int = 0
+    """How many of the queries stand beside the grid (text beside an image); the grid holds the others."""
 
     @property
     def _name(self) -> str:
@@ -256,8 +258,9 @@ class Mechanism(nn.Module, Traits):
             )
         if grid is not None:
             grid = tuple(grid)
-            if math.prod(grid) != q_len or any(length < 1 for length in grid):
-                raise ShapeError(f"grid {grid} holds {math.prod(grid)} tokens, but there are {q_len} queries.")
+            if math.prod(grid) != q_len - self.off_grid or any(length < 1 for length in grid):
+                beside = f", {self.off_grid} of them beside the grid" if self.off_grid else ""
+                raise ShapeError(f"grid {grid} holds {math.prod(grid)} tokens, but there are {q_len} queries{beside}.")
         bias, keys = None, None
         if isinstance(mask, Tensor):
             if mask.dtype == torch.bool:
@@ -298,8 +301,9 @@ class SparseMechanism(Mechanism):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
         layout = self.select(query, key, request)
-        run = block_sparse_attention if isinstance(layout, BlockLayout) else token_sparse_attention
-        out = run(query, key, value, layout, scale=request.scale)  # type: ignore[arg-type]
+        if isinstance(layout, BlockLayout):
+            return block_sparse_attention(query, key, value, layout, scale=request.scale)
+        out = token_sparse_attention(query, key, value, layout, scale=request.scale)
         assert isinstance(out, Tensor)
         return out
 

@@ -1,19 +1,87 @@
-"""What selectors score with: block means, and where blocks stand.
+"""How selectors score blocks: by means, by largest tokens, by samples; and where blocks stand.
 
-The frame of this folder is score -> select -> layout -> execute: :mod:`regard.sparse.scoring` and
-:mod:`regard.sparse.selection` hold the first two steps as far as papers share them.
+The frame of this folder is score -> select -> layout -> execute -> correct (:mod:`regard.sparse.frame`); this module
+and :mod:`regard.sparse.selection` hold the first two steps as far as papers share them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regard.kernels import accumulation_dtype, expand_groups
-from regard.layout import num_blocks
+from regard.layout import BlockLayout, num_blocks
 
-__all__ = ["block_has", "block_index", "grouped_scores", "per_kv_head", "pool_blocks", "split_blocks"]
+__all__ = [
+    "SCORES",
+    "BlockView",
+    "Score",
+    "block_has",
+    "block_index",
+    "grouped_scores",
+    "max_scores",
+    "mean_scores",
+    "per_kv_head",
+    "pool_blocks",
+    "sampled_scores",
+    "split_blocks",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockView:
+    """What a step of the frame knows of a call besides the tensors.
+
+    layout: the blocks that may be visible. keys: boolean ``(batch | 1, heads | 1, k_len)``, tokens that any query may
+    see (None: all). scale: of the logits.
+    """
+
+    layout: BlockLayout
+    keys: Tensor | None
+    causal: bool
+    scale: float
+
+    @property
+    def block_q(self) -> int:
+        return self.layout.block_q
+
+    @property
+    def block_k(self) -> int:
+        return self.layout.block_k
+
+    @property
+    def seen(self) -> Tensor:
+        """Blocks that may be visible and hold a token that counts, ``(batch | 1, heads | 1, nq, nk)``."""
+        if self.keys is None:
+            return self.layout.visit
+        return self.layout.visit & block_has(self.keys, self.block_k)[:, :, None]
+
+    def first(self, count: int) -> Tensor:
+        """The first key blocks, ``(1, nk)``."""
+        return torch.arange(self.layout.visit.shape[-1], device=self.layout.visit.device)[None] < count
+
+    def nearest(self, count: int) -> Tensor:
+        """The key blocks in which the queries of a block stand, and the ``count - 1`` before them (without causality,
+        behind them too), ``(nq, nk)``."""
+        layout, device = self.layout, self.layout.visit.device
+        start = torch.arange(layout.visit.shape[2], device=device) * layout.block_q + (layout.k_len - layout.q_len)
+        low = start.div(layout.block_k, rounding_mode="floor")[:, None] - (count - 1)
+        last = (start + layout.block_q - 1).clamp_max(layout.k_len - 1)
+        high = last.div(layout.block_k, rounding_mode="floor")[:, None] + (0 if self.causal else count - 1)
+        block = torch.arange(layout.visit.shape[3], device=device)
+        return (block >= low) & (block <= high)
+
+
+Score = Callable[[Tensor, Tensor, BlockView], Tensor]
+"""``(query, key, view)`` -> how much a block of queries is likely to attend to a block of keys, on the scale of logits:
+``(batch, heads, num_q_blocks, num_k_blocks)``. Blocks out of sight may have any score."""
+
+# Token scores that are formed at once on the way to block scores.
+_AREA = 1 << 24
 
 
 def split_blocks(x: Tensor, block_size: int) -> Tensor:
@@ -59,3 +127,64 @@ def grouped_scores(query: Tensor, key: Tensor) -> Tensor:
     batch, heads, q_len, dim = query.shape
     folded = query.reshape(batch, key.shape[1], -1, dim)
     return (folded @ key.transpose(-1, -2)).view(batch, heads, q_len, key.shape[2])
+
+
+def mean_scores(query: Tensor, key: Tensor, view: BlockView) -> Tensor:
+    """``scale mean(q) . mean(k)``: the mean of all token logits of a block."""
+    means = pool_blocks(per_kv_head(key, view.keys), view.block_k, view.keys)
+    return grouped_scores(pool_blocks(query, view.block_q), means) * view.scale
+
+
+def max_scores(query: Tensor, key: Tensor, view: BlockView) -> Tensor:
+    """The largest visible token logit of a block: the full product, without softmax or values."""
+    return _largest(query, key, view, None)
+
+
+def sampled_scores(query: Tensor, key: Tensor, view: BlockView, share: float = 0.25, seed: int = 0) -> Tensor:
+    """As :func:`max_scores`, over a random share of the positions in a block, the same in all blocks."""
+    return _largest(query, key, view, (share, seed))
+
+
+SCORES: dict[str, Score] = {"mean": mean_scores, "max": max_scores, "sampled": sampled_scores}
+"""Scores by name."""
+
+
+def _positions(length: int, block: int, sample: tuple[float, int] | None, device: torch.device) -> Tensor:
+    """Tokens that are scored, block by block ``(num_blocks, picked)``; past the end: ``length``."""
+    inside = torch.arange(block)
+    if sample is not None:
+        share, seed = sample
+        picked = torch.randperm(block, generator=torch.Generator().manual_seed(seed))
+        inside = picked[: max(round(share * block), 1)].sort().values
+    index = torch.arange(num_blocks(length, block))[:, None] * block + inside
+    # A short last block whose own tokens were not picked is scored by its first one.
+    index[-1, 0] = index[-1, 0].clamp_max(length - 1)
+    return index.clamp_max(length).to(device)
+
+
+def _largest(query: Tensor, key: Tensor, view: BlockView, sample: tuple[float, int] | None) -> Tensor:
+    layout, device = view.layout, query.device
+    work = accumulation_dtype(query.dtype)
+    key = per_kv_head(key, view.keys)
+    at_q, at_k = (
+        _positions(n, b, sample, device) for n, b in ((layout.q_len, view.block_q), (layout.k_len, view.block_k))
+    )
+    picked_q = at_q.clamp_max(layout.q_len - 1)
+    keys = key.to(work)[:, :, at_k.clamp_max(layout.k_len - 1).flatten()] * view.scale
+    rule = layout.mask.mod(layout.q_len, layout.k_len)
+    batch, heads = query.shape[:2]
+    b = torch.arange(layout.mask.batch, device=device).view(-1, 1, 1, 1)
+    h = torch.arange(layout.mask.heads, device=device).view(1, -1, 1, 1)
+    step = max(_AREA // (batch * heads * at_q.shape[1] * at_k.numel()), 1)
+    rows = []
+    for start in range(0, len(at_q), step):
+        part = picked_q[start : start + step]
+        logits = grouped_scores(query.to(work)[:, :, part.flatten()], keys)
+        seen = rule(b, h, part.view(1, 1, -1, 1), at_k.clamp_max(layout.k_len - 1).view(1, 1, 1, -1))
+        seen = seen & (at_k < layout.k_len).flatten() & (at_q[start : start + step] < layout.q_len).view(-1, 1)
+        if view.keys is not None:
+            seen = seen & view.keys[:, :, None, at_k.clamp_max(layout.k_len - 1).flatten()]
+        logits = logits.masked_fill(~seen, float("-inf"))
+        shaped = logits.unflatten(3, at_k.shape).unflatten(2, part.shape)
+        rows.append(shaped.amax((3, 5)))
+    return torch.cat(rows, 2)

@@ -5,17 +5,32 @@ Scores carry both: ``+inf`` is always chosen, ``-inf`` never.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from regard.errors import OptionError
 from regard.layout import num_blocks
 from regard.masks import Boolean, Bounds, Causal, Mask, MaskMod
 from regard.mechanism import Request
 
-__all__ = ["Lifetime", "PrefixTopK", "prefix_top_k", "settle_mask", "top_k_mask", "top_p_mask"]
+__all__ = [
+    "Lifetime",
+    "PrefixTopK",
+    "Selection",
+    "Threshold",
+    "TopK",
+    "TopP",
+    "prefix_top_k",
+    "settle_mask",
+    "top_k_mask",
+    "top_p_mask",
+]
+
+Scope = Literal["query", "head", "all"]
 
 
 def settle_mask(request: Request, q_len: int, k_len: int) -> tuple[Mask | None, Tensor | None]:
@@ -65,6 +80,113 @@ def top_p_mask(
     kept[..., :minimum] = True
     kept = (kept | torch.as_tensor(top_p, device=shares.device).ge(1)) & (ordered > 0)
     return torch.zeros_like(kept).scatter_(-1, order, kept)
+
+
+class Selection(ABC):
+    """Which blocks to keep, given scores ``(..., num_q_blocks, num_k_blocks)`` that are ``-inf`` out of sight.
+
+    Combine with ``|`` (kept by either) and ``&`` (by both): of choices by the same scores, the larger or the smaller.
+    """
+
+    @abstractmethod
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Boolean, the shape of ``scores``."""
+
+    def most(self, num_k_blocks: int) -> float:
+        """How many blocks a row keeps at most, as far as the options tell."""
+        return num_k_blocks
+
+    def __or__(self, other: Selection) -> Selection:
+        return _Joined(self, other, True)
+
+    def __and__(self, other: Selection) -> Selection:
+        return _Joined(self, other, False)
+
+
+@dataclass(frozen=True)
+class _Joined(Selection):
+    first: Selection
+    second: Selection
+    either: bool
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        first, second = self.first(scores), self.second(scores)
+        return first | second if self.either else first & second
+
+    def most(self, num_k_blocks: int) -> float:
+        both = self.first.most(num_k_blocks), self.second.most(num_k_blocks)
+        return max(both) if self.either else min(both)
+
+
+def _in_scope(scores: Tensor, scope: Scope) -> Tensor:
+    """Rows that are chosen from together: those of a query block, of a head, or all."""
+    if scope == "query":
+        return scores
+    return scores.flatten(-2) if scope == "head" else scores.flatten(-3)
+
+
+@dataclass(frozen=True)
+class TopK(Selection):
+    """The ``top_k`` largest scores of a row, or the share ``ratio`` of its blocks (rounded down, at least one).
+
+    scope: a row is that of a block of queries, all of a head (``top_k`` blocks a query block on average), or all heads.
+    """
+
+    top_k: int | None = None
+    ratio: float | None = None
+    scope: Scope = "query"
+
+    def __post_init__(self) -> None:
+        if (self.top_k is None) == (self.ratio is None):
+            raise OptionError("TopK takes one of top_k and ratio.")
+        if (self.top_k is not None and self.top_k < 1) or (self.ratio is not None and not 0 < self.ratio <= 1):
+            raise OptionError(f"Need top_k >= 1 or 0 < ratio <= 1; got {self.top_k} and {self.ratio}.")
+
+    def most(self, num_k_blocks: int) -> float:
+        kept = self._count(num_k_blocks)
+        return kept if self.scope == "query" else num_k_blocks
+
+    def _count(self, num_k_blocks: int) -> int:
+        return self.top_k if self.top_k is not None else max(int((self.ratio or 0) * num_k_blocks), 1)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        rows = _in_scope(scores, self.scope)
+        per_row = rows.shape[-1] // scores.shape[-1]
+        return top_k_mask(rows, self._count(scores.shape[-1]) * per_row).view(scores.shape)
+
+
+@dataclass(frozen=True)
+class TopP(Selection):
+    """The largest shares of the softmax over a row's scores that carry ``top_p`` of it (see :func:`top_p_mask`)."""
+
+    top_p: float
+    crossing: Literal["include", "exclude"] = "include"
+    scope: Scope = "query"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_p <= 1:
+            raise OptionError(f"top_p is a share between 0 and 1, got {self.top_p}.")
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        rows = _in_scope(scores, self.scope)
+        some = (rows > float("-inf")).any(-1, keepdim=True)
+        shares = torch.where(some, rows, 0).softmax(-1) * some
+        return top_p_mask(shares, self.top_p, self.crossing).view(scores.shape)
+
+
+@dataclass(frozen=True)
+class Threshold(Selection):
+    """Blocks whose share of the row's softmax is at least ``value`` times the largest one's (``relative``), or whose
+    score itself is at least ``value``."""
+
+    value: float
+    relative: bool = True
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        if not self.relative:
+            return scores >= self.value
+        top = scores.amax(-1, keepdim=True)
+        return (scores - torch.where(top.isfinite(), top, 0)).exp() >= self.value
 
 
 @dataclass(frozen=True, eq=False)

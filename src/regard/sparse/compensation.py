@@ -1,0 +1,58 @@
+"""What stands for the blocks that a selector leaves out: their means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regard.kernels import accumulation_dtype, block_sparse_attention, merge_attentions
+from regard.layout import BlockLayout
+from regard.masks import Everything
+from regard.sparse.scoring import BlockView, per_kv_head, pool_blocks, split_blocks
+
+__all__ = ["pooled_attention", "pooled_remainder"]
+
+
+def pooled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visit: Tensor,
+    block_q: int,
+    block_k: int,
+    *,
+    keys: Tensor | None = None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention to the means of key blocks, each counted as often as it has tokens: output and log-sum-exp.
+
+    visit: boolean ``(batch | 1, heads | 1, num_q_blocks, num_k_blocks)``, the key blocks of each block of queries.
+    keys: tokens that count. The logit of a block is ``scale q . mean(k) + log(tokens)``, so that a block of equal keys
+    is exact for any values. Returns ``(batch, heads, q_len, value_dim)`` and ``(batch, heads, q_len)``.
+    """
+    heads = query.shape[1]
+    key, value = per_kv_head(key, keys), per_kv_head(value, keys)
+    means, values = pool_blocks(key, block_k, keys), pool_blocks(value, block_k, keys)
+    work = accumulation_dtype(query.dtype)
+    ones = torch.ones(1, 1, key.shape[2], dtype=work, device=key.device) if keys is None else keys.to(work)
+    counts = split_blocks(ones[..., None], block_k).sum(-2)[..., 0]
+    sizes = counts.clamp_min(1).log().expand(*means.shape[:2], -1)
+    # One more channel carries the logarithm of the size: q' = (scale q, 1), k' = (mean, log size).
+    queries = torch.cat((query.to(work) * scale, query.new_ones(*query.shape[:3], 1, dtype=work)), -1)
+    extended = torch.cat((means, sizes[..., None]), -1)
+    visit = visit & (counts > 0)[:, :, None]
+    visit = visit.expand(-1, visit.shape[1] if visit.shape[1] in (1, heads) else heads, -1, -1)
+    layout = BlockLayout(visit, visit, Everything(), query.shape[2], means.shape[2], block_q, 1)
+    out, lse = block_sparse_attention(queries, extended, values, layout, scale=1.0, return_lse=True)
+    return out.to(query.dtype), lse
+
+
+def pooled_remainder(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, view: BlockView) -> Tensor:
+    """Exact attention to the blocks of ``layout``, the means of all others that a block of queries sees whole, one
+    softmax over both."""
+    exact, exact_lse = block_sparse_attention(query, key, value, layout, scale=view.scale, return_lse=True)
+    left = view.layout.full & view.seen & ~layout.visit
+    rest, rest_lse = pooled_attention(
+        query, key, value, left, view.block_q, view.block_k, keys=view.keys, scale=view.scale
+    )
+    return merge_attentions((exact, rest), (exact_lse, rest_lse))[0]
