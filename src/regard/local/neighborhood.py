@@ -15,8 +15,8 @@ from torch import Tensor
 from regard.errors import OptionError
 from regard.kernels import TableBias, block_sparse_attention
 from regard.layers.position_bias import RelativePositionBias
+from regard.layers.tiles import TileOrder, balanced_tile, tile_order
 from regard.layout import BlockLayout
-from regard.local.tiles import TileOrder, balanced_tile, tile_order
 from regard.masks import Causal, Mask, Neighborhood, Reindexed, axis_windows
 from regard.mechanism import per_axis
 
