@@ -6,6 +6,7 @@ Each has one plain reference form and fast forms behind ``backend="auto"``; all 
 from regard.kernels.backends import current_backend, use_backend
 from regard.kernels.block_sparse import block_sparse_attention
 from regard.kernels.dense import dense_attention, dense_weights, masked_softmax
+from regard.kernels.flash_window import flash_window_attention
 from regard.kernels.linear import LinearState, linear_attention, linear_step
 from regard.kernels.merge import merge_attentions
 from regard.kernels.neighbors import Neighbors, neighbor_mix, neighbor_scatter, neighbor_scores
@@ -23,6 +24,7 @@ __all__ = [
     "dense_attention",
     "dense_weights",
     "expand_groups",
+    "flash_window_attention",
     "linear_attention",
     "linear_step",
     "masked_softmax",

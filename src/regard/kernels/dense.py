@@ -163,8 +163,8 @@ def _sdpa(
         attn_mask = attn_mask.expand(*torch.broadcast_shapes(attn_mask.shape, (1, 1, q_len, k_len)))
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     width = max(head_dim, value_dim)
-    if not query.is_cuda and head_dim != value_dim and width <= 2 * min(head_dim, value_dim):
-        # The fused CPU kernel needs equal widths; else torch would store all scores.
+    if not query.is_cuda and head_dim != value_dim and width <= 4 * min(head_dim, value_dim):
+        # The fused CPU kernel needs equal widths; else torch would store all scores, which takes longer up to here.
         scale = score_scale(query, scale)
         query, key = F.pad(query, (0, width - head_dim)), F.pad(key, (0, width - head_dim))
         value = F.pad(value, (0, width - value_dim))

@@ -71,11 +71,19 @@ class _Rows:
         part = slice(start, stop)
         return _Rows(self.queries[part], self.keys[part], self.codes, self.picture[part])
 
+    def repeated(self, sequences: int, nq: int, nk: int) -> _Rows:
+        """The same rows in so many sequences of ``nq`` and ``nk`` blocks that stand one behind the other."""
+        if sequences == 1:
+            return self
+        at = torch.arange(sequences, device=self.queries.device)[:, None]
+        queries, keys = (self.queries + at * nq).flatten(), (self.keys + at[..., None] * nk).flatten(0, 1)
+        return _Rows(queries, keys, self.codes, self.picture.repeat(sequences))
+
     def code(self) -> Tensor | None:
         """The pictures of these rows: one if it is the same for all, else one a row."""
         if self.codes is None:
             return None
-        return self.codes[self.picture[:1] if bool(self.picture[0] == self.picture[-1]) else self.picture]
+        return self.codes[self.picture[:1] if bool((self.picture == self.picture[0]).all()) else self.picture]
 
 
 @dataclass(frozen=True)
@@ -166,22 +174,24 @@ def _masked_apart(rows: _Rows, plain: bool) -> list[_Rows]:
 
 
 def _blocks(tensor: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """``(heads, length, dim)`` -> ``(blocks, block * heads * dim)``: one gathered row is a block of all heads."""
-    short = -tensor.shape[1] % block
+    """``(sequences, heads, length, dim)`` -> ``(all blocks, block * heads * dim)``: one gathered row is a block of all
+    heads."""
+    short = -tensor.shape[2] % block
     padded = F.pad(tensor, (0, 0, 0, short)) if short else tensor
-    return padded.to(dtype).transpose(0, 1).reshape(-1, block * tensor.shape[0] * tensor.shape[2])
+    return padded.to(dtype).transpose(1, 2).reshape(-1, block * tensor.shape[1] * tensor.shape[3])
 
 
-def _groups(plan: _Plan, width: int) -> Iterator[_Rows]:
-    """Rows cut so that their gathered keys, ``width`` elements a block, stay within a group's size, and rows of one
-    picture go together."""
+def _groups(plan: _Plan, layout: BlockLayout, sequences: int, width: int) -> Iterator[_Rows]:
+    """Rows of so many sequences, cut so that their gathered keys, ``width`` elements a block, stay within a group's
+    size, and rows of one picture go together."""
+    nq, nk = layout.visit.shape[-2:]
     for rows in plan.rows:
         runs = [len(rows.queries)]
         if rows.codes is not None:
             runs = rows.picture.unique_consecutive(return_counts=True)[1].tolist()
         start = 0
-        for length in _pieces(runs, max(_GROUP // (rows.keys.shape[1] * width), 1)):
-            yield rows.cut(start, start + length)
+        for length in _pieces(runs, max(_GROUP // (rows.keys.shape[1] * width * sequences), 1)):
+            yield rows.cut(start, start + length).repeated(sequences, nq, nk)
             start += length
 
 
@@ -209,7 +219,8 @@ def _mask(group: _Rows, heads: int, table: Tensor | None, work: torch.dtype) -> 
     if table is None:
         added = torch.zeros(code.shape, dtype=work)[:, None]
     else:
-        added = table.to(work)[:, code.clamp_min(0).flatten()].view(len(table), *code.shape).transpose(0, 1)
+        added = table.to(work).index_select(1, code.clamp_min(0).flatten())
+        added = added.view(len(table), *code.shape).transpose(0, 1)
     added = added.masked_fill((code < 0)[:, None], float("-inf"))
     return added.expand(len(group.queries), heads, -1, -1)
 
@@ -232,11 +243,12 @@ class SharedBlocks(torch.autograd.Function):
         plan = _plan(layout, bias)
         assert plan is not None
         outs, lses = [], []
-        for sequence in range(batch):
-            queries, keys, values = _sequence(query, key, value, sequence, layout, work)
+        for part_of_batch in _stretches(layout, batch, heads * dim):
+            queries, keys, values = _in_blocks(*(t[part_of_batch] for t in (query, key, value)), layout, work)
+            sequences = len(query[part_of_batch])
             out = torch.zeros_like(queries)
             lse = queries.new_full((len(queries), heads, layout.block_q), float("-inf"))
-            for group in _groups(plan, layout.block_k * heads * dim):
+            for group in _groups(plan, layout, sequences, layout.block_k * heads * dim):
                 part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     *_heads_first(queries, keys, values, group, heads, dim),
                     attn_mask=_mask(group, heads, table, work),
@@ -244,9 +256,9 @@ class SharedBlocks(torch.autograd.Function):
                 )
                 out[group.queries] = part.transpose(1, 2).flatten(1)
                 lse[group.queries] = part_lse.to(lse.dtype)
-            outs.append(out.view(-1, heads, dim)[:q_len].transpose(0, 1))
-            lses.append(lse.transpose(0, 1).reshape(heads, -1)[:, :q_len])
-        whole, whole_lse = torch.stack(outs), torch.stack(lses)
+            outs.append(_tokens(out, sequences, heads, dim, q_len))
+            lses.append(lse.unflatten(0, (sequences, -1)).transpose(1, 2).flatten(2)[..., :q_len])
+        whole, whole_lse = torch.cat(outs), torch.cat(lses)
         if plan.blind is not None:
             whole = whole.masked_fill(plan.blind[:, None], 0)
             whole_lse = whole_lse.masked_fill(plan.blind, float("-inf"))
@@ -268,14 +280,18 @@ class SharedBlocks(torch.autograd.Function):
         grads: list[list[Tensor]] = [[], [], []]
         grad_table = None if table is None or not ctx.needs_input_grad[3] else torch.zeros_like(table, dtype=work)
         short = -q_len % layout.block_q
-        for sequence in range(batch):
-            queries, keys, values = _sequence(query, key, value, sequence, layout, work)
-            out, grad = (_blocks(t[sequence], layout.block_q, work) for t in (whole, grad_out))
-            lse = F.pad(whole_lse[sequence], (0, short)).view(heads, -1, layout.block_q).transpose(0, 1)
+        for part_of_batch in _stretches(layout, batch, heads * dim):
+            queries, keys, values = _in_blocks(*(t[part_of_batch] for t in (query, key, value)), layout, work)
+            sequences = len(query[part_of_batch])
+            out, grad = (_blocks(t[part_of_batch], layout.block_q, work) for t in (whole, grad_out))
+            padded = F.pad(whole_lse[part_of_batch], (0, short))
+            lse = padded.unflatten(2, (-1, layout.block_q)).transpose(1, 2).flatten(0, 1)
             totals = [torch.zeros_like(t) for t in (queries, keys, values)]
-            for group in _groups(plan, layout.block_k * heads * dim):
+            for group in _groups(plan, layout, sequences, layout.block_k * heads * dim):
                 rows, mask = len(group.queries), _mask(group, heads, table, work)
-                grad_here, out_here = (t[group.queries].view(rows, -1, heads, dim).transpose(1, 2) for t in (grad, out))
+                grad_here, out_here = (
+                    t.index_select(0, group.queries).view(rows, -1, heads, dim).transpose(1, 2) for t in (grad, out)
+                )
                 inputs, lse_here = _heads_first(queries, keys, values, group, heads, dim), lse[group.queries]
                 parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                     grad_here,
@@ -295,8 +311,8 @@ class SharedBlocks(torch.autograd.Function):
                     slopes = _slopes(*inputs, ctx.scale, mask, lse_here, out_here, grad_here)
                     _add_to_table(grad_table, group, slopes)
             for kept, total, length in zip(grads, totals, (q_len, key.shape[2], key.shape[2]), strict=True):
-                kept.append(total.view(-1, heads, dim)[:length].transpose(0, 1))
-        grad_query, grad_key, grad_value = (torch.stack(kept) for kept in grads)
+                kept.append(_tokens(total, sequences, heads, dim, length))
+        grad_query, grad_key, grad_value = (torch.cat(kept) for kept in grads)
         kv_heads = key.shape[1]
         return (
             grad_query.to(query.dtype),
@@ -323,10 +339,10 @@ def _slopes(
     scores = (queries * scale) @ keys.transpose(-1, -2)
     if mask is not None:
         scores += mask
+    # No score exceeds its row's log-sum-exp, but in a row with nothing to see, whose gradient is zero.
+    weights = scores.sub_(lse[..., None]).clamp_max_(0).exp_()
     toward = grad @ values.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
-    # Where nothing reaches the output (a row with nothing to see) its scores may be too large for their exponential.
-    weights = torch.where(toward == 0, 0, scores.sub_(lse[..., None]).exp_())
-    return weights.mul_(toward)
+    return toward.mul_(weights)
 
 
 def _add_to_table(grad_table: Tensor, group: _Rows, slopes: Tensor) -> None:
@@ -337,21 +353,31 @@ def _add_to_table(grad_table: Tensor, group: _Rows, slopes: Tensor) -> None:
     by_head = slopes.transpose(0, 1).flatten(1)
     if len(grad_table) == 1:
         by_head = by_head.sum(0, keepdim=True)
-    # Pairs that are not seen have slopes of zero and may point anywhere.
-    grad_table.index_add_(1, code.clamp_min(0).flatten(), by_head)
+    places = code.flatten()
+    seen = (places >= 0).nonzero()[:, 0]
+    grad_table.scatter_add_(1, places[seen].long().expand(len(grad_table), -1), by_head.index_select(1, seen))
 
 
-def _sequence(
-    query: Tensor, key: Tensor, value: Tensor, index: int, layout: BlockLayout, work: torch.dtype
+def _stretches(layout: BlockLayout, batch: int, width: int) -> Iterator[slice]:
+    """Sequences that go together: many short ones, a long one alone."""
+    step = max(_GROUP // (max(layout.q_len, layout.k_len) * width), 1)
+    return (slice(start, start + step) for start in range(0, batch, step))
+
+
+def _in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, work: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One sequence of the batch in blocks."""
-    heads = query.shape[1]
-    keys, values = (expand_groups(t[index : index + 1], heads)[0] for t in (key, value))
+    keys, values = (expand_groups(t, query.shape[1]) for t in (key, value))
     return (
-        _blocks(query[index], layout.block_q, work),
+        _blocks(query, layout.block_q, work),
         _blocks(keys, layout.block_k, work),
         _blocks(values, layout.block_k, work),
     )
+
+
+def _tokens(blocks: Tensor, sequences: int, heads: int, dim: int, length: int) -> Tensor:
+    """The inverse of :func:`_blocks`."""
+    return blocks.view(sequences, -1, heads, dim).transpose(1, 2)[:, :, :length]
 
 
 def _heads_first(
@@ -359,5 +385,5 @@ def _heads_first(
 ) -> tuple[Tensor, ...]:
     """Queries of a group and the tokens of their key blocks, each ``(rows, heads, tokens, dim)``."""
     rows, flat = len(group.queries), group.keys.flatten()
-    taken = (queries[group.queries], keys[flat], values[flat])
+    taken = (queries.index_select(0, group.queries), keys.index_select(0, flat), values.index_select(0, flat))
     return tuple(t.view(rows, -1, heads, dim).transpose(1, 2) for t in taken)
