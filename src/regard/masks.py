@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Boolean",
+    "Border",
     "Causal",
     "Dilated",
     "Document",
@@ -44,6 +45,7 @@ __all__ = [
     "SlidingWindow",
     "axis_windows",
     "from_block_mask",
+    "head_masks",
 ]
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -437,20 +439,24 @@ class Predicate(Mask):
         return torch.stack(some, 2), torch.stack(every, 2)
 
 
+Border = Literal["clamp", "mask", "zero"]
+
+
 def axis_windows(
     length: int,
     window: int,
     stride: int = 1,
     dilation: int = 1,
     causal: bool = False,
-    border: Literal["clamp", "mask"] = "clamp",
+    border: Border = "clamp",
 ) -> tuple[Tensor, Tensor]:
     """First and one-past-last key of every query along one axis, ``(length,)`` each, in steps of ``dilation``.
 
     The rule of generalized neighborhood attention (arXiv 2504.16922): queries go in groups of ``stride`` that share
     the window of their leader; at the border the window is moved inward (``border="clamp"``), so that every query has
-    exactly ``window`` keys, or it sticks out and loses keys there (``border="mask"``). A causal axis ends at the query.
-    With ``dilation`` d the rule holds inside each residue class modulo d.
+    exactly ``window`` keys, or it sticks out and loses keys there (``border="mask"``; with ``"zero"`` as well, and
+    those who attend let zeros take their place in the softmax). A causal axis ends at the query. With ``dilation`` d
+    the rule holds inside each residue class modulo d.
     """
     index = torch.arange(length)
     residue, place = index % dilation, index // dilation
@@ -484,13 +490,17 @@ class Neighborhood(Mask):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     causal: tuple[bool, ...]
-    border: Literal["clamp", "mask"] = "clamp"
+    border: Border = "clamp"
 
     def __post_init__(self) -> None:
         axes = len(self.grid)
         for name in ("window", "stride", "dilation", "causal"):
             if len(getattr(self, name)) != axes:
                 raise OptionError(f"Neighborhood's {name} needs {axes} values for grid {self.grid}.")
+        if self.border not in get_args(Border):
+            raise OptionError(f"border is one of {', '.join(get_args(Border))}; got {self.border!r}.")
+        if self.border == "zero" and any(self.causal):
+            raise OptionError("border='zero' has no meaning on a causal axis; use 'clamp' or 'mask'.")
         for axis, (length, window, stride, dilation) in enumerate(
             zip(self.grid, self.window, self.stride, self.dilation, strict=True)
         ):
@@ -509,7 +519,7 @@ class Neighborhood(Mask):
         stride: int | Sequence[int] = 1,
         dilation: int | Sequence[int] = 1,
         causal: bool | Sequence[bool] = False,
-        border: Literal["clamp", "mask"] = "clamp",
+        border: Border = "clamp",
     ) -> Neighborhood:
         """As the constructor, with one value for all axes allowed."""
         axes = len(grid)
@@ -631,7 +641,10 @@ class _Either(_Pair):
 
 @dataclass(frozen=True)
 class PerHead(Mask):
-    """A rule of its own for every head: ``masks[h]`` holds for head ``h``, each the same for all heads by itself."""
+    """A rule of its own for every head: ``masks[h]`` holds for head ``h``, each the same for all heads by itself.
+
+    Made by :func:`head_masks`.
+    """
 
     masks: tuple[Mask, ...]
 
@@ -685,6 +698,15 @@ class PerHead(Mask):
 
     def to(self, device: torch.device | str) -> Mask:
         return PerHead(tuple(mask.to(device) for mask in self.masks))
+
+
+def head_masks(masks: Sequence[Mask]) -> Mask:
+    """One mask for heads that see differently, a rule a head: ``head_masks([near] * 4 + [Causal()] * 8)``.
+
+    Equal rules count once; where all are equal the mask is that rule itself, which knows no heads.
+    """
+    rules = PerHead(tuple(masks))
+    return rules.masks[0] if len(set(rules.masks)) == 1 else rules
 
 
 def _indexed(mask: Mask, q_len: int, k_len: int) -> MaskMod:

@@ -182,6 +182,18 @@ def test_masks_and_raster_order(causal: bool, form: str) -> None:
     torch.testing.assert_close(mechanism(q, k, v, grid=(6, 7), mask=mask, causal=causal), expected, **TIGHT)
 
 
+@pytest.mark.parametrize("border", ["mask", "zero"])
+def test_borders_are_the_same_in_all_forms(border: str) -> None:
+    q, k, v = (t.flatten(2, 3) for t in maps((6, 7)))
+    outs = []
+    for form in FORMS:
+        torch.manual_seed(0)
+        mechanism = NeighborhoodAttention(3, 2, position_bias=True, border=border, num_heads=2, backend=form).double()
+        outs.append(mechanism(q, k, v, grid=(6, 7), mask=(torch.arange(42) % 5 > 0)[None]))
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], **TIGHT)
+
+
 def test_the_context_sets_the_form() -> None:
     q, k, v = (t.flatten(2, 3) for t in maps((5, 5)))
     mechanism = NeighborhoodAttention(3)
@@ -237,6 +249,10 @@ def test_errors() -> None:
         NeighborhoodAttention(3, backend="triton")
     with pytest.raises(OptionError, match="window"):
         NeighborhoodAttention(0)
+    with pytest.raises(OptionError, match="border"):
+        NeighborhoodAttention(3, border="wrap")
+    with pytest.raises(OptionError, match="causal"):
+        NeighborhoodAttention(3, border="zero")(*(t.flatten(2, 3) for t in (q, k, v)), causal=True)
     with pytest.raises(OptionError, match="form"):
         na_memory((4, 4), 3, 1, form="flash")
     with pytest.raises(ShapeError, match="bias"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regard.errors import OptionError, ShapeError, UnsupportedPatternError
 from regard.kernels import merge_attentions, use_backend
+from regard.layers.tiles import balanced_tile, token_permute, token_unpermute
 from regard.local.gna import (
     GeneralizedNeighborhoodAttention,
     GNASimulator,
@@ -22,7 +23,6 @@ from regard.local.gna import (
     neighborhood_mask,
     window_bounds,
 )
-from regard.local.tiles import balanced_tile, token_permute, token_unpermute
 from regard.masks import KeyPadding
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
@@ -355,3 +355,38 @@ def test_bad_options_teach() -> None:
         neighborhood_attention(*inputs(6), 3, extra_key=inputs(2)[0])
     with pytest.raises(OptionError, match="tiling"):
         GNASimulator((8, 8), 4, tiling="round")
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("border", ["mask", "zero"])
+def test_windows_that_stick_out(border: str, dilation: int, stride: int) -> None:
+    """Outside the map a key is not there, or a zero that takes its share of the softmax."""
+    height, width, window = 6, 7, 3
+    query, key, value = (torch.randn(2, 2, height * width, 4, dtype=torch.float64) for _ in range(3))
+    out = GeneralizedNeighborhoodAttention(window, stride, dilation, border=border)(
+        query, key, value, grid=(height, width)
+    )
+    for i in range(height * width):
+        near, missing = [], 0
+        leaders = []
+        for place, length in ((i // width, height), (i % width, width)):
+            inner, residue = place // dilation, place % dilation
+            last = (length - 1 - residue) // dilation
+            leaders.append((min(inner // stride * stride + stride // 2, last), residue, length))
+        for down in range(-1, 2):
+            for right in range(-1, 2):
+                y, x = (
+                    (lead + step) * dilation + residue
+                    for (lead, residue, _), step in zip(leaders, (down, right), strict=True)
+                )
+                if 0 <= y < height and 0 <= x < width:
+                    near.append(y * width + x)
+                else:
+                    missing += 1
+        logits = torch.einsum("bhd,bhnd->bhn", query[:, :, i], key[:, :, near]) / 2
+        if border == "zero":
+            logits = torch.cat((logits, torch.zeros(2, 2, missing, dtype=torch.float64)), -1)
+        weights = logits.softmax(-1)[..., : len(near)]
+        expected = torch.einsum("bhn,bhnd->bhd", weights, value[:, :, near])
+        torch.testing.assert_close(out[:, :, i], expected, rtol=1e-9, atol=1e-10)

@@ -28,7 +28,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -52,8 +52,9 @@ from regard.local.neighborhood import (
     neighborhood_plan,
     offset_entries,
     visible_pairs,
+    with_zero_keys,
 )
-from regard.masks import Causal, Mask, Neighborhood
+from regard.masks import Border, Causal, Mask, Neighborhood
 from regard.mechanism import Mechanism, Request
 from regard.registry import register
 
@@ -219,9 +220,10 @@ def na_flops(shape: Sequence[int], window: Axes, heads: int, head_dim: int) -> i
 class NeighborhoodAttention(Mechanism):
     """window, dilation, causal_axes: one value, or one per axis of the grid (without a grid the sequence is one axis).
     A window is never larger than its axis: dilation gives way first, then the window. position_bias: learn a bias per
-    head and offset (key minus query, in steps of the dilation) on grids of ``axes`` axes. tile, kv_tile: tokens per
-    axis computed together by the fused form. backend: ``"auto"`` (fused), ``"fused"``, ``"gemm"``, ``"unfused"`` or
-    ``"dense"``.
+    head and offset (key minus query, in steps of the dilation) on grids of ``axes`` axes. border: a window that sticks
+    out is moved inward (``"clamp"``), loses what lies outside (``"mask"``), or sees zeros there (``"zero"``). tile,
+    kv_tile: tokens per axis computed together by the fused form. backend: ``"auto"`` (fused), ``"fused"``, ``"gemm"``,
+    ``"unfused"`` or ``"dense"``.
 
     With ``causal=True`` the first axis is causal and, on a grid of several axes, later tokens in row-major order are
     hidden as well.
@@ -238,6 +240,7 @@ class NeighborhoodAttention(Mechanism):
         causal_axes: Flags = False,
         position_bias: bool = False,
         axes: int = 2,
+        border: Border = "clamp",
         tile: Axes | None = None,
         kv_tile: Axes | None = None,
         backend: str = "auto",
@@ -247,10 +250,12 @@ class NeighborhoodAttention(Mechanism):
         for name, value in (("window", window), ("dilation", dilation), ("tile", tile or 1), ("kv_tile", kv_tile or 1)):
             if any(v < 1 for v in ([value] if isinstance(value, int) else value)):
                 raise OptionError(f"fna's {name} must be at least 1 on every axis, got {value}.")
+        if border not in get_args(Border):
+            raise OptionError(f"fna's border is one of {', '.join(get_args(Border))}; got {border!r}.")
         if backend != "auto" and backend not in FORMS:
             raise OptionError(f"fna's backend is auto, {', '.join(FORMS)}; got {backend!r}.")
         self.window, self.dilation, self.causal_axes = window, dilation, causal_axes
-        self.tile, self.kv_tile, self.backend = tile, kv_tile, backend
+        self.border, self.tile, self.kv_tile, self.backend = border, tile, kv_tile, backend
         self.position_bias = None
         if position_bias:
             sides = (window,) * axes if isinstance(window, int) else tuple(window)
@@ -265,7 +270,7 @@ class NeighborhoodAttention(Mechanism):
     def rule(self, grid: Sequence[int], causal: bool = False) -> Neighborhood:
         """The neighbourhood on ``grid``, with window and dilation as large as the axes allow."""
         flags = (self.causal_axes,) * len(grid) if isinstance(self.causal_axes, bool) else tuple(self.causal_axes)
-        return fitted_neighborhood(grid, self.window, 1, self.dilation, (causal or flags[0], *flags[1:]))
+        return fitted_neighborhood(grid, self.window, 1, self.dilation, (causal or flags[0], *flags[1:]), self.border)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
         grid = (query.shape[2],) if request.grid is None else request.grid
@@ -350,7 +355,10 @@ def _dense(
 ) -> Tensor:
     tokens = torch.arange(query.shape[2], device=query.device)
     bias = None if table is None else table[:, offset_entries(tokens[:, None], tokens, rule, rule.window)]
-    return dense_attention(query, key, value, mask=visible, bias=bias, scale=scale)
+    if rule.border != "zero":
+        return dense_attention(query, key, value, mask=visible, bias=bias, scale=scale)
+    out, lse = dense_attention(query, key, value, mask=visible, bias=bias, scale=scale, return_lse=True)
+    return with_zero_keys(out, lse, rule)[0]
 
 
 def _stored_attention(
@@ -369,4 +377,7 @@ def _stored_attention(
         scores = scores + _bias_of(neighbors, rule, table).to(scores.dtype)
     tokens = torch.arange(query.shape[2], device=query.device)[:, None]
     seen = neighbors.valid & visible.at(tokens[None, None], neighbors.index[None, None], len(tokens), len(tokens))
+    if rule.border == "zero":
+        # What lies outside has a logit of zero, whatever the bias says of its offset.
+        scores, seen = scores.masked_fill(~neighbors.valid, 0), seen | ~neighbors.valid
     return neighbor_mix(masked_softmax(scores, seen), value, neighbors, backend=form)

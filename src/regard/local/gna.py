@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from regard.errors import OptionError, ShapeError
 from regard.kernels import dense_attention, merge_attentions
 from regard.layout import BlockLayout, block_members
 from regard.local.neighborhood import NeighborhoodPlan, fitted_neighborhood, neighborhood_plan, visible_pairs
-from regard.masks import Mask, Neighborhood, Reindexed, axis_windows
+from regard.masks import Border, Mask, Neighborhood, Reindexed, axis_windows
 from regard.mechanism import Request, SparseMechanism, per_axis
 from regard.registry import register
 
@@ -81,7 +81,9 @@ class GeneralizedNeighborhoodAttention(SparseMechanism):
     """window, stride, dilation, causal_axes: one value, or one per axis of the grid (without a grid the sequence is one
     axis). A window is never larger than its axis: dilation gives way first, then the window, then the stride.
     extra_tokens: so many last keys and values are not on the grid and are seen by all queries (text beside an image).
-    tile: tokens per axis computed together; it changes speed, not the result.
+    border: a window that sticks out is moved inward (``"clamp"``), loses what lies outside (``"mask"``), or sees zeros
+    there that take their share of the softmax (``"zero"``). tile: tokens per axis computed together; it changes speed,
+    not the result.
 
     With ``causal=True`` the first axis is causal and, on a grid of several axes, later tokens in row-major order are
     hidden as well.
@@ -98,6 +100,7 @@ class GeneralizedNeighborhoodAttention(SparseMechanism):
         dilation: Axes = 1,
         causal_axes: Flags = False,
         extra_tokens: int = 0,
+        border: Border = "clamp",
         tile: Axes | None = None,
     ) -> None:
         super().__init__()
@@ -106,10 +109,12 @@ class GeneralizedNeighborhoodAttention(SparseMechanism):
                 raise OptionError(f"gna's {name} must be at least 1 on every axis, got {value}.")
         if isinstance(window, int) and isinstance(stride, int) and stride > window:
             raise OptionError(f"gna's stride {stride} must not exceed its window {window}.")
+        if border not in get_args(Border):
+            raise OptionError(f"gna's border is one of {', '.join(get_args(Border))}; got {border!r}.")
         if extra_tokens < 0:
             raise OptionError(f"extra_tokens counts keys, so it cannot be {extra_tokens}.")
         self.window, self.stride, self.dilation, self.causal_axes = window, stride, dilation, causal_axes
-        self.extra_tokens, self.tile = extra_tokens, tile
+        self.extra_tokens, self.border, self.tile = extra_tokens, border, tile
         if extra_tokens:
             # Keys then outnumber queries, in this one way; `attend` checks the count.
             self.patterns = frozenset(("cross", "causal-cross"))  # type: ignore[misc]
@@ -121,7 +126,7 @@ class GeneralizedNeighborhoodAttention(SparseMechanism):
         """The neighbourhood on ``grid``, with window, dilation and stride as large as the axes allow."""
         flags = (self.causal_axes,) * len(grid) if isinstance(self.causal_axes, bool) else tuple(self.causal_axes)
         flags = (causal or flags[0], *flags[1:])
-        return fitted_neighborhood(grid, self.window, self.stride, self.dilation, flags)
+        return fitted_neighborhood(grid, self.window, self.stride, self.dilation, flags, self.border)
 
     def plan(self, grid: Sequence[int], causal: bool, device: torch.device) -> NeighborhoodPlan:
         """The tile order of the tokens and the layout of the neighbourhood in that order."""

@@ -5,6 +5,7 @@ Used by all papers whose queries see a window of nearby keys. What depends on si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from regard.errors import OptionError
-from regard.kernels import TableBias, block_sparse_attention
+from regard.kernels import TableBias, block_sparse_attention, merge_attentions
 from regard.layers.position_bias import RelativePositionBias
 from regard.layers.tiles import TileOrder, balanced_tile, tile_order
 from regard.layout import BlockLayout
-from regard.masks import Causal, Mask, Neighborhood, Reindexed, axis_windows
+from regard.masks import Border, Causal, Mask, Neighborhood, Reindexed, axis_windows
 from regard.mechanism import per_axis
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "neighborhood_plan",
     "offset_entries",
     "visible_pairs",
+    "with_zero_keys",
 ]
 
 Axes = int | Sequence[int]
@@ -36,7 +38,12 @@ _PART = 1 << 17
 
 
 def fitted_neighborhood(
-    grid: Sequence[int], window: Axes, stride: Axes = 1, dilation: Axes = 1, causal: bool | Sequence[bool] = False
+    grid: Sequence[int],
+    window: Axes,
+    stride: Axes = 1,
+    dilation: Axes = 1,
+    causal: bool | Sequence[bool] = False,
+    border: Border = "clamp",
 ) -> Neighborhood:
     """The neighbourhood on ``grid``, as far as its axes allow: dilation gives way first, then the window, then the
     stride."""
@@ -48,7 +55,7 @@ def fitted_neighborhood(
     rate = tuple(max(min(d, n // w), 1) for n, w, d in zip(grid, windows, rates, strict=True))
     size = tuple(min(w, n // d) for n, w, d in zip(grid, windows, rate, strict=True))
     step = tuple(min(s, w) for s, w in zip(per_axis("stride", stride, axes), size, strict=True))
-    return Neighborhood(tuple(grid), size, step, rate, flags)
+    return Neighborhood(tuple(grid), size, step, rate, flags, border)
 
 
 def visible_pairs(rule: Neighborhood) -> int:
@@ -89,6 +96,25 @@ def bias_table(bias: RelativePositionBias, rule: Neighborhood) -> Tensor:
     return part.flatten(1)
 
 
+def with_zero_keys(out: Tensor, lse: Tensor, rule: Neighborhood) -> tuple[Tensor, Tensor]:
+    """Attention over what ``rule`` shows, with the keys that the border cut off as zeros: each takes part in the
+    softmax with a logit of zero and adds nothing."""
+    missing = _missing(rule, lse.device).to(lse.dtype).log().expand_as(lse)
+    return merge_attentions((out, torch.zeros_like(out)), (lse, missing))
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _missing(rule: Neighborhood, device: torch.device) -> Tensor:
+    """How many keys of each query's window lie outside the grid, ``(tokens,)``."""
+    shown = torch.ones(1, dtype=torch.int64)
+    for length, window, stride, rate in zip(rule.grid, rule.window, rule.stride, rule.dilation, strict=True):
+        start, stop = axis_windows(length, window, stride, rate, False, rule.border)
+        shown = (shown[:, None] * (stop - start + rate - 1).div(rate, rounding_mode="floor")).flatten()
+    return (math.prod(rule.window) - shown).to(device)
+
+
 @dataclass(frozen=True, eq=False)
 class NeighborhoodPlan:
     """Queries and keys in tile order, and the blocks that a neighbourhood needs there."""
@@ -122,6 +148,11 @@ class NeighborhoodPlan:
 
         table: a bias ``(heads | 1, prod(2 window - 1))`` for the rule's window (see :func:`offset_entries`).
         """
+        if self.rule.border == "zero":
+            inner, inner_lse = self._run(query, key, value, scale, table, True)
+            assert inner_lse is not None
+            out, lse = with_zero_keys(inner, inner_lse, self.rule)
+            return out, lse if return_lse else None
         tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         if self.queries.identity or tracked or return_lse or not self._shared:
             return self._run(query, key, value, scale, table, return_lse)
