@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from regard.errors import BackendError
-from regard.kernels import block_sparse_attention, dense_attention, native
+from regard.kernels import TableBias, block_sparse_attention, dense_attention, native
 from regard.kernels.block_plan import plan_of
 from regard.layout import BlockLayout
 from regard.masks import Boolean, Causal, KeyPadding, Mask, Predicate, SlidingWindow
@@ -56,7 +56,10 @@ def test_equals_the_dense_form_forward_and_backward(mask, block_q, block_k, dim,
 
 
 @needs_compiler
-def test_masks_that_are_evaluated_in_stretches_give_the_same(monkeypatch):
+@pytest.mark.parametrize("alike", [0, 1 << 21], ids=["equal masks once", "each mask"])
+def test_masks_that_are_evaluated_in_stretches_give_the_same(monkeypatch, alike):
+    monkeypatch.setattr("regard.kernels.block_plan._ALIKE", alike)
+
     def run() -> list[torch.Tensor]:
         torch.manual_seed(0)
         tensors = [torch.randn(1, 2, 130, 16, requires_grad=True) for _ in range(3)]
@@ -69,6 +72,33 @@ def test_masks_that_are_evaluated_in_stretches_give_the_same(monkeypatch):
     monkeypatch.setattr("regard.kernels.native._MASKS", 16 * 16 * 20)
     for part, expected in zip(run(), whole, strict=True):
         torch.testing.assert_close(part, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("block", [8, 32])
+@pytest.mark.parametrize("table_heads", [1, 4])
+@pytest.mark.parametrize("mask", [None, SlidingWindow(9), Causal() & SlidingWindow(20)])
+def test_biases_are_those_of_the_gathered_form(mask, table_heads, block):
+    tensors = [torch.randn(2, h, 77, 16, requires_grad=True) for h in (4, 2, 2)]
+    table = torch.randn(table_heads, 11, requires_grad=True)
+    bias = TableBias(table, lambda q, k: (3 * q + k) % 11)
+    layout = BlockLayout.of(mask, 77, 77, block, block)
+    results = []
+    for form in ("native", "gather"):
+        out, lse = block_sparse_attention(*tensors, layout, bias=bias, return_lse=True, backend=form)
+        total = out.square().sum() + lse.sum()
+        results.append((out, lse, *torch.autograd.grad(total, (*tensors, table))))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-4)
+
+
+@needs_compiler
+def test_biases_need_a_shared_layout():
+    tensors = [torch.randn(2, 2, 32, 8) for _ in range(3)]
+    bias = TableBias(torch.randn(2, 3), lambda q, k: (q + k) % 3)
+    layout = BlockLayout.of(None, 32, 32, 8, 8).only(torch.ones(1, 2, 4, 4, dtype=torch.bool))
+    with pytest.raises(BackendError, match="share"):
+        block_sparse_attention(*tensors, layout, bias=bias, backend="native")
 
 
 @needs_compiler

@@ -5,16 +5,17 @@ A plan depends on the layout alone, so it is made at the first use of a layout a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from regard.kernels.score_bias import TableBias
 from regard.layout import BlockLayout
 
-__all__ = ["Group", "Plan", "fingerprints", "plan_of"]
+__all__ = ["Codes", "Group", "Plan", "codes_of", "fingerprints", "plan_of"]
 
 # Masks inside partial blocks are kept when they take at most this many bytes, else evaluated a stretch at a time.
 _KEPT = 1 << 25
@@ -175,3 +176,55 @@ def plan_of(layout: BlockLayout) -> Plan:
     if plan is None:
         plan = _plans[layout] = Plan.of(layout)
     return plan
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Masks and biases of a layout that all sequences and heads share, as one: ``places`` ``(distinct blocks, block_q,
+    block_k)`` int32, places in the bias's table and -1 where a pair is not seen; ``tiles`` int32: which of them each
+    visited block has, in the order of the plan's lists."""
+
+    tiles: Tensor
+    places: Tensor
+
+
+_codes: WeakKeyDictionary[BlockLayout, WeakKeyDictionary[Callable[[Tensor, Tensor], Tensor], Codes | None]]
+_codes = WeakKeyDictionary()
+
+
+def codes_of(layout: BlockLayout, bias: TableBias) -> Codes | None:
+    """The codes of a layout under the bias's rule, made once; None if the layout is not shared, or they are too many to
+    keep."""
+    kept = _codes.setdefault(layout, WeakKeyDictionary())
+    if bias.index not in kept:
+        kept[bias.index] = _coded(layout, bias)
+    return kept[bias.index]
+
+
+@torch.inference_mode(False)
+def _coded(layout: BlockLayout, bias: TableBias) -> Codes | None:
+    if layout.visit.shape[:2] != (1, 1) or (layout.mask.batch, layout.mask.heads) != (1, 1):
+        return None
+    plan, (nq, area) = plan_of(layout), (layout.visit.shape[2], layout.block_q * layout.block_k)
+    rows = torch.arange(nq, device=plan.starts.device).repeat_interleave(plan.starts.diff())
+    tiles: list[int] = []
+    known: dict[int, int] = {}
+    found: list[Tensor] = []
+    step = max(_EVALUATED // area, 1)
+    for q_block, k_block in zip(rows.split(step), plan.columns.long().split(step), strict=True):
+        zero = torch.zeros_like(q_block)
+        seen = _seen(layout, torch.stack((zero, zero, q_block, k_block)))
+        query = q_block[:, None, None] * layout.block_q + torch.arange(layout.block_q, device=zero.device)[:, None]
+        key = k_block[:, None, None] * layout.block_k + torch.arange(layout.block_k, device=zero.device)
+        places = bias.entries(query.clamp_max(layout.q_len - 1), key.clamp_max(layout.k_len - 1))
+        places = torch.where(seen, places, -1)
+        for number, place in zip(fingerprints(places).tolist(), places, strict=True):
+            if number not in known:
+                known[number] = len(found)
+                found.append(place.to(torch.int32))
+                if 4 * len(found) * area > _KEPT:
+                    return None
+            tiles.append(known[number])
+    if not found:
+        return None
+    return Codes(torch.tensor(tiles, dtype=torch.int32), torch.stack(found))

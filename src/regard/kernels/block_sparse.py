@@ -102,7 +102,7 @@ def block_sparse_attention(
             return_lse=return_lse,
             backend="auto" if form == "dense" else "reference",
         )
-    if bias is not None and form not in ("gather", "fused"):
+    if bias is not None and form not in ("gather", "fused", "native"):
         raise BackendError(f"The {form} form takes no bias; use backend='gather'.")
     factor = score_scale(query, scale)
     if form == "flex":
@@ -123,7 +123,7 @@ def _choose(
         return "merged"
     if query.is_cuda and not return_lse and bias is None:
         return "flex"
-    if bias is None and native.worthwhile(query, value, layout):
+    if native.worthwhile(query, value, layout, bias):
         return "native"
     return "fused" if shared_blocks.fits(query, key, value, layout, bias, return_lse) else "gather"
 
@@ -146,8 +146,9 @@ def _run(
         return SharedBlocks.apply(query, key, value, table, layout, scale, bias)  # type: ignore[no-any-return]
     if form == "gather":
         return GatheredBlocks.apply(query, key, value, table, layout, scale, bias)  # type: ignore[no-any-return]
-    run = MergedBlocks if form == "merged" else _Native
-    return run.apply(query, key, value, layout, scale)  # type: ignore[no-any-return]
+    if form == "merged":
+        return MergedBlocks.apply(query, key, value, layout, scale)  # type: ignore[no-any-return]
+    return _Native.apply(query, key, value, table, layout, scale, bias)  # type: ignore[no-any-return]
 
 
 @cache
@@ -176,18 +177,25 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: Tensor | None,
+        layout: BlockLayout,
+        scale: float,
+        bias: TableBias | None,
     ) -> tuple[Tensor, Tensor]:
         if query.device.type != "cpu" or query.dtype == torch.float64:
             raise BackendError(
                 f"The native form runs on a CPU in float32 or half precision, not in {query.dtype} on {query.device}; "
                 "use backend='gather'."
             )
-        out, lse = native.forward(query.float(), key.float(), value.float(), layout, scale)
+        out, lse = native.forward(query.float(), key.float(), value.float(), layout, scale, bias)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.scale = layout, scale
+        ctx.layout, ctx.scale, ctx.bias = layout, scale, bias
         return out, lse
 
     @staticmethod
@@ -205,5 +213,8 @@ class _Native(torch.autograd.Function):
             grad_lse,
             ctx.layout,
             ctx.scale,
+            ctx.bias,
         )
-        return *(grad.to(like.dtype) for grad, like in zip(grads, (query, key, value), strict=True)), None, None
+        grad_table = None if ctx.bias is None else grads[3].to(ctx.bias.table.dtype)
+        inputs = (grad.to(like.dtype) for grad, like in zip(grads, (query, key, value), strict=False))
+        return *inputs, grad_table, None, None, None

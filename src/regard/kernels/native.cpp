@@ -170,10 +170,13 @@ struct Problem {
   int64_t list_batch, list_heads;     // how many batches and heads the lists tell apart
   int64_t first_block, last_block;    // query blocks of this call
   int64_t threads;
+  int64_t bias_heads, bias_size;      // of the table of biases
   const int64_t* starts;
   const int32_t* columns;
   const int32_t* tiles;
-  const uint8_t* visible;
+  const uint8_t* visible;             // without biases: the pairs seen in each distinct mask
+  const int32_t* codes;               // with biases: places in the table of each distinct block, -1 where a pair is not seen
+  const float* bias;
   float scale;
 };
 
@@ -216,9 +219,20 @@ struct Layout : Problem {
     return {from + (lane * k_blocks + block) * round_up(width, PANEL) * block_k, PANEL, block_k * PANEL};
   }
   const uint8_t* mask(int64_t entry) const {
-    return tiles[entry] < 0 ? nullptr : visible + tiles[entry] * block_q * block_k;
+    return codes || tiles[entry] < 0 ? nullptr : visible + tiles[entry] * block_q * block_k;
   }
+  const int32_t* code(int64_t entry) const { return codes ? codes + tiles[entry] * block_q * block_k : nullptr; }
+  const float* biases(int64_t head) const { return bias + (bias_heads == 1 ? 0 : head % heads) * bias_size; }
 };
+
+// Biases added to `columns` scores, in units of log 2; pairs that are not seen are hidden.
+inline void add_bias(float* scores, const int32_t* code, const float* bias, int64_t columns) {
+  for (int64_t j = 0; j < columns; ++j) {
+    const int32_t c = code[j];
+    const float moved = scores[j] + bias[c < 0 ? 0 : c] * LOG2E;
+    scores[j] = c < 0 ? -INF : moved;
+  }
+}
 
 struct ForwardScratch {
   std::vector<float> scores, out, query, top, total;
@@ -254,6 +268,7 @@ struct Forward : Layout {
     const float* key;
     Right value;
     const uint8_t* mask;
+    const int32_t* code;
     int64_t columns, at;
   };
 
@@ -273,15 +288,18 @@ struct Forward : Layout {
       const float* key = keys + (lane * k_blocks + column) * key_size;
       const Right value = rows_of(values, lane, column, value_dim);
       const uint8_t* hide = mask(entry);
+      const int32_t* places = code(entry);
       if (hide) hide += (row - block * block_q) * block_k;
+      if (places) places += (row - block * block_q) * block_k;
       for (int64_t from = 0; from < size; from += FORWARD_COLUMNS) {
         const int64_t part = std::min(FORWARD_COLUMNS, size - from);
-        pieces[count++] = {key + from * dim, value.from(from), hide ? hide + from : nullptr, part, width};
+        pieces[count++] = {key + from * dim, value.from(from), hide ? hide + from : nullptr, places ? places + from : nullptr,
+                           part, width};
         width += round_up(part, PANEL);
-        if (width >= FORWARD_COLUMNS) flush(pieces, count, width, rows, s), count = width = 0;
+        if (width >= FORWARD_COLUMNS) flush(pieces, count, width, head, rows, s), count = width = 0;
       }
     }
-    if (count) flush(pieces, count, width, rows, s);
+    if (count) flush(pieces, count, width, head, rows, s);
     float* o = out + (head * q_len + row) * value_dim;
     for (int64_t i = 0; i < rows; ++i) {
       const float total = s.total[i], inverse = total == 0 ? 0.f : 1.f / total;
@@ -290,15 +308,16 @@ struct Forward : Layout {
     }
   }
 
-  void flush(const Piece* pieces, int64_t count, int64_t width, int64_t rows, ForwardScratch& s) const {
+  void flush(const Piece* pieces, int64_t count, int64_t width, int64_t head, int64_t rows, ForwardScratch& s) const {
     float* scores = s.scores.data();
     for (int64_t n = 0; n < count; ++n) {
       const Piece& p = pieces[n];
       const int64_t full = round_up(p.columns, PANEL);
       float* at = scores + p.at;
       product(false, rows, full, dim, s.query.data(), dim, 1, {p.key, PANEL, dim * PANEL}, at, score_stride);
-      for (int64_t i = 0; i < rows && (p.mask || full > p.columns); ++i) {
+      for (int64_t i = 0; i < rows && (p.mask || p.code || full > p.columns); ++i) {
         float* line = at + i * score_stride;
+        if (p.code) add_bias(line, p.code + i * block_k, biases(head), p.columns);
         if (p.mask) {
           const uint8_t* seen = p.mask + i * block_k;
           for (int64_t j = 0; j < p.columns; ++j) line[j] = seen[j] ? line[j] : -INF;
@@ -350,7 +369,7 @@ struct BackwardScratch {
 // One task takes the query blocks of one share of a key/value head, and adds to that share's own sums.
 struct Backward : Layout {
   const float *query, *keys_across, *values_across, *keys, *out, *lse, *grad_out, *grad_lse;
-  float *grad_query, *grad_keys, *grad_values;
+  float *grad_query, *grad_keys, *grad_values, *grad_bias;
   int64_t shares, wide, value_wide, rows_most, columns_most;
 
   BackwardScratch scratch() const {
@@ -405,11 +424,14 @@ struct Backward : Layout {
     }
     const int64_t key_size = round_up(block_k, PANEL) * dim, value_size = round_up(block_k, PANEL) * value_dim;
     const int64_t lanes = batch * kv_heads;
+    float* toward = grad_bias + (share * batch * heads + head) * bias_size;
     for (int64_t entry = starts[place]; entry < starts[place + 1]; ++entry) {
       const int64_t column = columns[entry], size = std::min(block_k, k_len - column * block_k);
       const int64_t at = lane * k_blocks + column, sums = (share * lanes + lane) * k_blocks + column;
       const uint8_t* hide = mask(entry);
+      const int32_t* places = code(entry);
       if (hide) hide += (row - block * block_q) * block_k;
+      if (places) places += (row - block * block_q) * block_k;
       for (int64_t from = 0; from < size; from += BACKWARD_COLUMNS) {
         const int64_t part = std::min(BACKWARD_COLUMNS, size - from), full = round_up(part, PANEL);
         float *p = s.scores.data(), *d = s.slopes.data();
@@ -419,12 +441,18 @@ struct Backward : Layout {
         for (int64_t i = 0; i < rows; ++i) {
           float *pi = p + i * columns_most, *di = d + i * columns_most;
           const vec top = splat(s.top[i]), delta = splat(s.delta[i]);
+          if (places) add_bias(pi, places + from + i * block_k, biases(head), part);
           for (int64_t j = 0; j < full; j += LANES) store(pi + j, exp2v(load(pi + j) - top));
           if (hide) {
             const uint8_t* seen = hide + from + i * block_k;
             for (int64_t j = 0; j < part; ++j) pi[j] = seen[j] ? pi[j] : 0.f;
           }
           for (int64_t j = 0; j < full; j += LANES) store(di + j, load(pi + j) * (load(di + j) - delta));
+          if (places) {
+            const int32_t* c = places + from + i * block_k;
+            for (int64_t j = 0; j < part; ++j)
+              if (c[j] >= 0) toward[c[j]] += di[j];
+          }
         }
         product(true, part, value_wide, rows, p, 1, columns_most, {s.grad_panels.data(), PANEL, rows * PANEL},
                 grad_values + (sums * block_k + from) * value_wide, value_wide);
@@ -448,13 +476,13 @@ void regard_block_forward(const Problem* problem, const float* query, const floa
 }
 
 // keys_across, values_across: packed transposed; keys: as values above. grad_keys (shares, lanes, blocks, block_k, dim filled up
-// to panels) and grad_values are added to; grad_keys still lacks the scale.
+// to panels), grad_values and grad_bias (shares, batch * heads, bias_size) are added to; grad_keys still lacks the scale.
 void regard_block_backward(const Problem* problem, int64_t shares, const float* query, const float* keys_across,
                            const float* values_across, const float* keys, const float* out, const float* lse, const float* grad_out,
-                           const float* grad_lse, float* grad_query, float* grad_keys, float* grad_values) {
+                           const float* grad_lse, float* grad_query, float* grad_keys, float* grad_values, float* grad_bias) {
   const Problem& p = *problem;
   const Backward work{Layout(p), query, keys_across, values_across, keys, out, lse, grad_out, grad_lse, grad_query, grad_keys,
-                      grad_values, shares, round_up(p.dim, PANEL), round_up(p.value_dim, PANEL), std::min(SUB_ROWS, p.block_q),
+                      grad_values, grad_bias, shares, round_up(p.dim, PANEL), round_up(p.value_dim, PANEL), std::min(SUB_ROWS, p.block_q),
                       round_up(std::min(p.block_k, BACKWARD_COLUMNS), PANEL)};
   in_parallel(work.threads, p.batch * p.kv_heads * shares, work);
 }

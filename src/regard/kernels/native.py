@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from regard.errors import BackendError
-from regard.kernels.block_plan import Plan, plan_of
+from regard.kernels.block_plan import Plan, codes_of, plan_of
+from regard.kernels.score_bias import TableBias
 from regard.layout import BlockLayout
 
 __all__ = ["Status", "available", "backward", "forward", "status", "worthwhile"]
@@ -51,14 +52,14 @@ class Status:
 
 _INTEGERS = (
     *("batch", "heads", "kv_heads", "q_len", "k_len", "dim", "value_dim", "block_q", "block_k"),
-    *("list_batch", "list_heads", "first_block", "last_block", "threads"),
+    *("list_batch", "list_heads", "first_block", "last_block", "threads", "bias_heads", "bias_size"),
 )
 
 
 class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _INTEGERS),
-        *((name, ctypes.c_void_p) for name in ("starts", "columns", "tiles", "visible")),
+        *((name, ctypes.c_void_p) for name in ("starts", "columns", "tiles", "visible", "codes", "bias")),
         ("scale", ctypes.c_float),
     ]
 
@@ -93,14 +94,15 @@ def available(*, build: bool) -> bool:
     return _load() is not None
 
 
-def worthwhile(query: Tensor, value: Tensor, layout: BlockLayout) -> bool:
+def worthwhile(query: Tensor, value: Tensor, layout: BlockLayout, bias: TableBias | None = None) -> bool:
     """Whether this call should run natively: on a CPU, float32 or less, large enough, and with blocks wide enough."""
     if query.device.type != "cpu" or query.dtype == torch.float64 or min(layout.block_q, layout.block_k) < 8:
         return False
     plan = plan_of(layout)
     blocks = len(plan.columns) * (query.shape[0] * query.shape[1] / (plan.batch * plan.heads))
     work = blocks * layout.block_q * layout.block_k * 2 * (query.shape[-1] + value.shape[-1])
-    return work >= _USE and available(build=work >= _BUILD)
+    fits = work >= _USE and (bias is None or codes_of(layout, bias) is not None)
+    return fits and available(build=work >= _BUILD)
 
 
 def require() -> ctypes.CDLL:
@@ -130,7 +132,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.regard_pack.restype = None
     library.regard_block_forward.argtypes = [pointer] * 6
     library.regard_block_forward.restype = None
-    library.regard_block_backward.argtypes = [pointer, integer, *[pointer] * 11]
+    library.regard_block_backward.argtypes = [pointer, integer, *[pointer] * 12]
     library.regard_block_backward.restype = None
     return library
 
@@ -175,14 +177,16 @@ def _build(path: Path) -> None:
     raise RuntimeError(f"{compiler} failed: {done.stderr.strip()[-400:]}")
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float, bias: TableBias | None = None
+) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of float32 tensors on a CPU, shapes as in :mod:`regard.kernels.block_sparse`."""
     library, plan = require(), plan_of(layout)
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     lse = query.new_empty(query.shape[:3])
     keys, values = _packed(library, key, layout.block_k, True), _packed(library, value, layout.block_k, False)
-    for problem, _held in _problems(query, key, value, layout, plan, scale):
+    for problem, _held in _problems(query, key, value, layout, plan, scale, bias):
         library.regard_block_forward(ctypes.byref(problem), *map(Tensor.data_ptr, (query, keys, values, out, lse)))
     return out, lse
 
@@ -197,8 +201,9 @@ def backward(
     grad_lse: Tensor | None,
     layout: BlockLayout,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward` by query, key and value."""
+    bias: TableBias | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of :func:`forward` by query, key, value and the bias's table."""
     library, plan, block = require(), plan_of(layout), layout.block_k
     query, key, value, out, lse = (t.contiguous() for t in (query, key, value, out, lse))
     grad_out, grad_lse = grad_out.contiguous(), None if grad_lse is None else grad_lse.contiguous()
@@ -212,19 +217,21 @@ def backward(
         for t in (key, value)
     ]
     grad_query = torch.empty_like(query)
-    for problem, _held in _problems(query, key, value, layout, plan, scale):
+    grad_bias = query.new_zeros(shares, *query.shape[:2], 0 if bias is None else bias.table.shape[1])
+    for problem, _held in _problems(query, key, value, layout, plan, scale, bias):
         library.regard_block_backward(
             ctypes.byref(problem),
             shares,
             *map(Tensor.data_ptr, (query, keys_across, values_across, keys, out, lse, grad_out)),
             None if grad_lse is None else grad_lse.data_ptr(),
-            *map(Tensor.data_ptr, (grad_query, *sums)),
+            *map(Tensor.data_ptr, (grad_query, *sums, grad_bias)),
         )
     grad_key, grad_value = (
         (total[0] if shares == 1 else total.sum(0))[:, : like.shape[2], : like.shape[3]].reshape(like.shape)
         for total, like in zip(sums, (key, value), strict=True)
     )
-    return grad_query, grad_key.mul_(scale), grad_value
+    grad_table = None if bias is None else grad_bias.sum((0, 1)).sum_to_size(bias.table.shape)
+    return grad_query, grad_key.mul_(scale), grad_value, grad_table
 
 
 def _packed(library: ctypes.CDLL, tensor: Tensor, block: int, transposed: bool) -> Tensor:
@@ -249,14 +256,34 @@ def _packed(library: ctypes.CDLL, tensor: Tensor, block: int, transposed: bool) 
 
 
 def _problems(
-    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, plan: Plan, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BlockLayout,
+    plan: Plan,
+    scale: float,
+    bias: TableBias | None,
 ) -> Iterator[tuple[_Problem, object]]:
     """The call in stretches of query blocks whose masks fit the bound, each with the tensors that it points to."""
     (batch, heads, q_len, dim), (_, kv_heads, k_len, value_dim) = query.shape, value.shape
     q_blocks = layout.visit.shape[2]
+    sizes = (batch, heads, kv_heads, q_len, k_len, dim, value_dim, layout.block_q, layout.block_k)
+    sizes = (*sizes, plan.batch, plan.heads)
+    if bias is not None:
+        codes = codes_of(layout, bias)
+        if codes is None:
+            raise BackendError(
+                "The native form adds biases to layouts that all sequences and heads share, with few distinct blocks; "
+                "use backend='gather'."
+            )
+        table = bias.table.detach().float().contiguous()
+        held = (plan.starts, plan.columns, codes.tiles, codes.places, table)
+        starts, columns, tiles, places, values = map(Tensor.data_ptr, held)
+        integers = (*sizes, 0, q_blocks, torch.get_num_threads(), *table.shape)
+        yield _Problem(*integers, starts, columns, tiles, None, places, values, scale), held
+        return
     masks = plan.places.shape[1] * layout.block_q * layout.block_k
     step = q_blocks if masks <= _MASKS else max(q_blocks * _MASKS // masks, 1)
-    sizes = (batch, heads, kv_heads, q_len, k_len, dim, value_dim, layout.block_q, layout.block_k)
     for first in range(0, q_blocks, step):
         yield _problem(sizes, layout, plan, scale, (first, min(first + step, q_blocks)))
 
@@ -265,14 +292,15 @@ def _problem(
     sizes: tuple[int, ...], layout: BlockLayout, plan: Plan, scale: float, blocks: tuple[int, int]
 ) -> tuple[_Problem, object]:
     tiles, chosen = plan.tiles, None
-    if blocks != (0, layout.visit.shape[2]):
-        inside = (plan.places[2] >= blocks[0]) & (plan.places[2] < blocks[1])
-        chosen = inside.nonzero()[:, 0]
-        number = torch.cat((inside.cumsum(0, dtype=torch.int32) - 1, torch.tensor([-1], dtype=torch.int32)))
+    q_blocks = layout.visit.shape[2]
+    if blocks != (0, q_blocks):
+        row = torch.arange(len(plan.starts) - 1).repeat_interleave(plan.starts.diff()) % q_blocks
+        here = (row >= blocks[0]) & (row < blocks[1]) & (plan.tiles >= 0)
+        chosen = plan.tiles[here].long().unique()
+        number = torch.full((plan.places.shape[1] + 1,), -1, dtype=torch.int32)
+        number[chosen] = torch.arange(len(chosen), dtype=torch.int32)
         tiles = number[plan.tiles]
     visible = plan.visible(layout, chosen).contiguous()
     held = (plan.starts, plan.columns, tiles, visible)
-    problem = _Problem(
-        *sizes, plan.batch, plan.heads, *blocks, torch.get_num_threads(), *map(Tensor.data_ptr, held), scale
-    )
+    problem = _Problem(*sizes, *blocks, torch.get_num_threads(), 0, 0, *map(Tensor.data_ptr, held), None, None, scale)
     return problem, held
