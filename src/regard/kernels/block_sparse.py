@@ -92,7 +92,7 @@ def block_sparse_attention(
         form = _choose(query, key, value, layout, bias, return_lse)
     if form in ("reference", "dense"):
         added = None if bias is None else bias.dense(layout.q_len, layout.k_len)
-        return dense_attention(  # type: ignore[call-overload,no-any-return]
+        return dense_attention(  # type: ignore[call-overload]
             query,
             key,
             value,
@@ -143,12 +143,12 @@ def _run(
     table = None if bias is None else bias.table
     if form == "fused":
         shared_blocks.require(query, key, value, layout, bias, return_lse)
-        return SharedBlocks.apply(query, key, value, table, layout, scale, bias)  # type: ignore[no-any-return]
+        return SharedBlocks.apply(query, key, value, table, layout, scale, bias)
     if form == "gather":
-        return GatheredBlocks.apply(query, key, value, table, layout, scale, bias)  # type: ignore[no-any-return]
+        return GatheredBlocks.apply(query, key, value, table, layout, scale, bias)
     if form == "merged":
-        return MergedBlocks.apply(query, key, value, layout, scale)  # type: ignore[no-any-return]
-    return _Native.apply(query, key, value, table, layout, scale, bias)  # type: ignore[no-any-return]
+        return MergedBlocks.apply(query, key, value, layout, scale)
+    return _Native.apply(query, key, value, table, layout, scale, bias)
 
 
 @cache
@@ -215,6 +215,13 @@ class _Native(torch.autograd.Function):
             ctx.scale,
             ctx.bias,
         )
-        grad_table = None if ctx.bias is None else grads[3].to(ctx.bias.table.dtype)
-        inputs = (grad.to(like.dtype) for grad, like in zip(grads, (query, key, value), strict=False))
-        return *inputs, grad_table, None, None, None
+        grad_query, grad_key, grad_value, grad_table = grads
+        return (
+            grad_query.to(query.dtype),
+            grad_key.to(key.dtype),
+            grad_value.to(value.dtype),
+            None if grad_table is None else grad_table.to(ctx.bias.table.dtype),
+            None,
+            None,
+            None,
+        )

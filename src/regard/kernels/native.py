@@ -267,8 +267,8 @@ def _problems(
     """The call in stretches of query blocks whose masks fit the bound, each with the tensors that it points to."""
     (batch, heads, q_len, dim), (_, kv_heads, k_len, value_dim) = query.shape, value.shape
     q_blocks = layout.visit.shape[2]
-    sizes = (batch, heads, kv_heads, q_len, k_len, dim, value_dim, layout.block_q, layout.block_k)
-    sizes = (*sizes, plan.batch, plan.heads)
+    blocks = (layout.block_q, layout.block_k)
+    sizes = (batch, heads, kv_heads, q_len, k_len, dim, value_dim, *blocks, plan.batch, plan.heads)
     if bias is not None:
         codes = codes_of(layout, bias)
         if codes is None:

@@ -244,8 +244,9 @@ class SharedBlocks(torch.autograd.Function):
         assert plan is not None
         outs, lses = [], []
         for part_of_batch in _stretches(layout, batch, heads * dim):
-            queries, keys, values = _in_blocks(*(t[part_of_batch] for t in (query, key, value)), layout, work)
-            sequences = len(query[part_of_batch])
+            q, k, v = (t[part_of_batch] for t in (query, key, value))
+            queries, keys, values = _in_blocks(q, k, v, layout, work)
+            sequences = len(q)
             out = torch.zeros_like(queries)
             lse = queries.new_full((len(queries), heads, layout.block_q), float("-inf"))
             for group in _groups(plan, layout, sequences, layout.block_k * heads * dim):
@@ -281,8 +282,9 @@ class SharedBlocks(torch.autograd.Function):
         grad_table = None if table is None or not ctx.needs_input_grad[3] else torch.zeros_like(table, dtype=work)
         short = -q_len % layout.block_q
         for part_of_batch in _stretches(layout, batch, heads * dim):
-            queries, keys, values = _in_blocks(*(t[part_of_batch] for t in (query, key, value)), layout, work)
-            sequences = len(query[part_of_batch])
+            q, k, v = (t[part_of_batch] for t in (query, key, value))
+            queries, keys, values = _in_blocks(q, k, v, layout, work)
+            sequences = len(q)
             out, grad = (_blocks(t[part_of_batch], layout.block_q, work) for t in (whole, grad_out))
             padded = F.pad(whole_lse[part_of_batch], (0, short))
             lse = padded.unflatten(2, (-1, layout.block_q)).transpose(1, 2).flatten(0, 1)
@@ -308,7 +310,7 @@ class SharedBlocks(torch.autograd.Function):
                 for total, part in zip(totals[1:], grad_pairs, strict=True):
                     total.index_add_(0, group.keys.flatten(), part.reshape(-1, total.shape[1]))
                 if grad_table is not None:
-                    slopes = _slopes(*inputs, ctx.scale, mask, lse_here, out_here, grad_here)
+                    slopes = _slopes(inputs, ctx.scale, mask, lse_here, out_here, grad_here)
                     _add_to_table(grad_table, group, slopes)
             for kept, total, length in zip(grads, totals, (q_len, key.shape[2], key.shape[2]), strict=True):
                 kept.append(_tokens(total, sequences, heads, dim, length))
@@ -326,9 +328,7 @@ class SharedBlocks(torch.autograd.Function):
 
 
 def _slopes(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    inputs: tuple[Tensor, ...],
     scale: float,
     mask: Tensor | None,
     lse: Tensor,
@@ -336,6 +336,7 @@ def _slopes(
     grad: Tensor,
 ) -> Tensor:
     """Gradient of the scores of a group, ``(rows, heads, block_q, keys)``, which torch's backward keeps to itself."""
+    queries, keys, values = inputs
     scores = (queries * scale) @ keys.transpose(-1, -2)
     if mask is not None:
         scores += mask

@@ -128,8 +128,8 @@ def na_reference(
     """The dense form under the neighbourhood's mask; arguments as in :func:`na_fused`."""
     space, rule = _rule(query, key, window, dilation, causal)
     table = None if rpb is None else _table(rpb, rule)
-    flat = (t.flatten(2, -2) for t in (query, key, value))
-    return _dense(*flat, rule, rule, table, scale).unflatten(2, space)
+    q, k, v = (t.flatten(2, -2) for t in (query, key, value))
+    return _dense(q, k, v, rule, rule, table, scale).unflatten(2, space)
 
 
 def na_fused(
@@ -156,9 +156,9 @@ def na_fused(
     if q_tile == "tuned":
         q_tile, kv_tile = tuned_tiles(space, rule.window, rule.dilation, rule.causal, query.shape[1], query.shape[-1])
     plan = neighborhood_plan(rule, query.device, tile=q_tile, kv_tile=kv_tile)
-    flat = (t.flatten(2, -2) for t in (query, key, value))
+    q, k, v = (t.flatten(2, -2) for t in (query, key, value))
     table = None if rpb is None else _table(rpb, rule)
-    out, lse = plan.run(*flat, scale=scale, table=table, return_lse=return_lse)
+    out, lse = plan.run(q, k, v, scale=scale, table=table, return_lse=return_lse)
     return out.unflatten(2, space) if lse is None else (out.unflatten(2, space), lse.unflatten(2, space))
 
 

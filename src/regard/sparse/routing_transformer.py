@@ -561,7 +561,7 @@ class RoutingAttention(Layer):
             near: Mask = SlidingWindow(self.local_window)
             near = near & Causal() if causal else near
             layout = BlockLayout.of(near if mask is None else near & mask, x.shape[1], x.shape[1], 64, 64, x.device)
-            parts.append(cast(Tensor, block_sparse_attention(q, k, value[:, :local], layout)))
+            parts.append(block_sparse_attention(q, k, value[:, :local], layout))
         if self.routing is not None:
             parts.append(self.routing(query[:, local:], key[:, local:], value[:, local:], causal=causal, mask=mask))
         return cast(Tensor, self.out(torch.cat(parts, 1).transpose(1, 2).flatten(2)))

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -204,7 +204,7 @@ def calibrate_sparge(
         for (query, key, value), wanted, base in zip(qkv_list, exact, visible, strict=True):
             mask = sparge_block_mask(query, key, block_q, block_k, sim, top_p, causal=causal)
             if skip is None:
-                out = cast(Tensor, block_sparse_attention(query, key, value, base.only(mask)))
+                out = block_sparse_attention(query, key, value, base.only(mask))
             else:
                 out, _ = tiled_attention(query, key, value, base.only(mask), skip_threshold=skip)
             gap = (out.float() - wanted.float()).abs().sum((0, 2, 3))
