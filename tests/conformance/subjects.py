@@ -43,7 +43,7 @@ def grid_of(length: int, axes: int) -> tuple[int, ...]:
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     """Standard normal numbers, the same for the same seed and shape in every dtype."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,7 +132,7 @@ def test_window_of_the_whole_map_is_global_attention_with_bias() -> None:
     expected = F.scaled_dot_product_attention(*tensors, attn_mask=bias[None])
     torch.testing.assert_close(swin(*tensors, grid=(6, 6)), expected, **TIGHT)
     # A window larger than the map, shifted, becomes the map.
-    larger = SwinAttention(8, 4, num_heads=2, position_bias=False)
+    larger = SwinAttention(8, 4, num_heads=2, position_bias=None)
     torch.testing.assert_close(larger(*tensors, grid=(6, 6)), F.scaled_dot_product_attention(*tensors), **TIGHT)
 
 
@@ -158,9 +160,29 @@ def test_the_released_code_leaks_a_little() -> None:
     assert not torch.allclose(official(loud, grid=(8, 8)), exact(loud, grid=(8, 8)), atol=1e-3)
 
 
+def test_additive_masks_hide_with_infinity() -> None:
+    tensors = inputs(8 * 8)
+    seen = torch.rand(2, 2, 64, 64) < 0.5
+    seen[0, 0, 3] = False
+    exact, official = (SwinAttention(4, 2, position_bias=None, official=o) for o in (False, True))
+    out = exact(*tensors, grid=(8, 8), mask=seen)
+    torch.testing.assert_close(official(*tensors, grid=(8, 8), mask=seen)[0, 0, 3], torch.zeros(8).double())
+    loose = seen & seen_by_hand(8, 8, 4, 2)
+    torch.testing.assert_close(out, dense(*tensors, loose).nan_to_num(0), **TIGHT)
+    additive = torch.zeros(3, 5, 5).masked_fill(torch.rand(3, 5, 5) < 0.5, -torch.inf)
+    additive[1, 2] = -torch.inf
+    attention = WindowAttention(8, (1, 5), 2)
+    for impl in ("sdpa", "math", "flash_window"):
+        attention.impl = impl
+        windows = torch.randn(6, 5, 8)
+        alone = attention(windows, additive)
+        torch.testing.assert_close(alone, attention(windows, additive > -torch.inf))
+        torch.testing.assert_close(alone[1, 2], attention.proj.bias)
+
+
 def test_official_filling_is_visible() -> None:
     tensors = inputs(7 * 7)
-    exact, official = (SwinAttention(4, 0, position_bias=False, official=o) for o in (False, True))
+    exact, official = (SwinAttention(4, 0, position_bias=None, official=o) for o in (False, True))
     filled = [F.pad(x.unflatten(2, (7, 7)), (0, 0, 0, 1, 0, 1)).flatten(2, 3) for x in tensors]
     wanted = exact(*filled, grid=(8, 8)).unflatten(2, (8, 8))[:, :, :7, :7].flatten(2, 3)
     torch.testing.assert_close(official(*tensors, grid=(7, 7)), wanted, **TIGHT)
@@ -208,7 +230,7 @@ def test_layers_alternate_between_plain_and_shifted_windows() -> None:
 def test_other_numbers_of_axes(space) -> None:
     tokens = torch.Size(space).numel()
     tensors = inputs(tokens)
-    swin = SwinAttention(3, 1, axes=len(space), num_heads=2, position_bias=False)
+    swin = SwinAttention(3, 1, axes=len(space), num_heads=2, position_bias=None)
     labels = torch.zeros((), dtype=torch.int64)
     for length in space:
         labels = labels[..., None] * 1000 + window_and_region(length, 3, 1 if length > 3 else 0)
@@ -221,7 +243,7 @@ def test_other_numbers_of_axes(space) -> None:
 def test_padded_keys_are_hidden_by_a_mask() -> None:
     tensors = inputs(40)
     real = torch.rand(2, 40) > 0.5
-    swin = SwinAttention(3, 1, position_bias=False)
+    swin = SwinAttention(3, 1, position_bias=None)
     seen = seen_by_hand(5, 8, 3, 1) & real[:, None, None]
     expected = dense(*tensors, seen).nan_to_num(0)
     torch.testing.assert_close(swin(*tensors, grid=(5, 8), mask=KeyPadding(real)), expected, **TIGHT)
@@ -279,6 +301,23 @@ def test_bias_table_counts_offsets_from_query_to_key() -> None:
     assert smaller.tolist() == [[7, 6], [8, 7]]
     with pytest.raises(ShapeError):
         bias((3, 3))
+
+
+def test_continuous_bias_is_a_network_of_log_spaced_offsets() -> None:
+    tensors = inputs(5 * 7, grad=True)
+    swin = SwinAttention(4, 2, position_bias="continuous", num_heads=2).double()
+    first, second = swin.position_bias.network[0], swin.position_bias.network[2]
+    bias = torch.zeros(2, 35, 35, dtype=torch.float64)
+    for i in range(35):
+        for j in range(35):
+            steps = [8 * (i // 7 - j // 7) / 3, 8 * (i % 7 - j % 7) / 3]
+            spaced = torch.tensor([math.copysign(math.log2(1 + abs(s)) / 3, s) for s in steps], dtype=torch.float64)
+            hidden = (first.weight @ spaced + first.bias).relu()
+            bias[:, i, j] = 16 * torch.sigmoid(second.weight @ hidden)
+    expected = dense(*tensors, seen_by_hand(5, 7, 4, 2), bias)
+    torch.testing.assert_close(swin(*tensors, grid=(5, 7)), expected, **TIGHT)
+    swin(*tensors, grid=(5, 7)).square().sum().backward()
+    assert first.weight.grad is not None and first.weight.grad.any()
 
 
 def test_resizing_a_table_is_bicubic() -> None:
@@ -340,6 +379,8 @@ def test_bad_calls_teach() -> None:
         SwinAttention(4, num_heads=3)(*inputs(16), grid=(4, 4))
     with pytest.raises(OptionError, match="shift"):
         SwinAttention(4, 4)
+    with pytest.raises(OptionError, match="'continuous'"):
+        SwinAttention(4, position_bias=True)
     with pytest.raises(ShapeError, match="grid"):
         SwinBlock(8, 2)(torch.randn(1, 16, 8))
     with pytest.raises(ShapeError, match="pad_to_windows"):

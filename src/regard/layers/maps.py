@@ -44,7 +44,8 @@ class PatchEmbed(nn.Module):
     """A strided convolution, then LayerNorm over channels: ``(batch, in_channels, *space)`` -> tokens and their grid.
 
     padding 0 and ``kernel_size = stride`` cuts patches; a larger kernel overlaps them. A map that the stride does not
-    divide is filled up with zeros at the end of each axis when patches do not overlap. norm: LayerNorm or not.
+    divide is filled up with zeros at the end of each axis when patches do not overlap (fill: False leaves the rest of
+    the map out instead). norm: LayerNorm or not.
     """
 
     def __init__(
@@ -57,17 +58,19 @@ class PatchEmbed(nn.Module):
         *,
         bias: bool = True,
         norm: bool = True,
+        fill: bool = True,
     ) -> None:
         super().__init__()
         self.stride = kernel_size if stride is None else stride
         if not 1 <= self.stride <= kernel_size:
             raise OptionError(f"Need 1 <= stride <= kernel_size, got {self.stride} and {kernel_size}.")
+        self.fill = fill and kernel_size == self.stride
         self.conv = nn.Conv2d(in_channels, embed_dim, kernel_size, self.stride, padding, bias=bias)
         self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
 
     def forward(self, maps: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Tokens ``(batch, length, embed_dim)`` and their grid."""
-        if self.conv.kernel_size[0] == self.stride:
+        if self.fill:
             short = [-side % self.stride for side in maps.shape[:-3:-1]]
             maps = nn.functional.pad(maps, (0, short[0], 0, short[1])) if any(short) else maps
         tokens, grid = tokens_of(self.conv(maps))

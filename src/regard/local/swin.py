@@ -17,7 +17,10 @@ for global attention. The backbone is :class:`regard.models.swin.Swin`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +28,21 @@ from torch import Tensor, nn
 
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError, ShapeError
-from regard.kernels import dense_attention
+from regard.kernels import flash_window_attention
 from regard.layers.drop_path import DropPath
-from regard.layers.maps import space_of
+from regard.layers.maps import merge_heads, space_of, split_heads
 from regard.layers.mlp import Mlp
-from regard.layers.position_bias import RelativePositionBias, resize_rel_bias
+from regard.layers.position_bias import ContinuousPositionBias, RelativePositionBias, resize_rel_bias
 from regard.local.windows import (
+    WindowKernel,
     WindowPlan,
+    dense_windows,
     pad_to_windows,
     window_partition,
     window_plan,
     window_reverse,
     windowed_attention,
 )
-from regard.masks import Boolean
 from regard.mechanism import Layer, Mechanism, Request, per_axis
 from regard.registry import register
 
@@ -48,6 +52,8 @@ __all__ = [
     "SwinBlock",
     "SwinMLPBlock",
     "WindowAttention",
+    "WindowBlock",
+    "fit_window",
     "global_attention_macs",
     "resize_rel_bias",
     "shift_mask",
@@ -58,7 +64,13 @@ __all__ = [
 
 _APART = -100.0
 
-WindowKernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float], Tensor]
+_BIASES = {"table": RelativePositionBias, "continuous": ContinuousPositionBias}
+
+_KERNELS: dict[str, WindowKernel] = {
+    "math": partial(dense_windows, backend="reference"),
+    "sdpa": partial(dense_windows, backend="sdpa"),
+    "flash_window": flash_window_attention,
+}
 
 
 def fit_window(
@@ -92,8 +104,9 @@ def global_attention_macs(height: int, width: int, channels: int) -> int:
 @register("swin")
 class SwinAttention(Mechanism):
     """window: one value or one per axis. shift: of the windows; by default 0 on even layers, half a window on odd ones.
-    axes: of the grid, which the bias table must know. position_bias: learn a bias per relative position and head.
-    official: the released code's handling of regions and filling (see the module)."""
+    axes: of the grid, which the bias must know. position_bias: per offset and head, read from a learned ``"table"`` or
+    computed by a small ``"continuous"`` network of the offset (Swin V2), or None. official: the released code's
+    handling of regions and filling (see the module)."""
 
     patterns = frozenset(("self",))
     growth = "N w^2"
@@ -105,7 +118,7 @@ class SwinAttention(Mechanism):
         window: int | Sequence[int] = 7,
         shift: int | Sequence[int] | None = None,
         axes: int = 2,
-        position_bias: bool = True,
+        position_bias: Literal["table", "continuous"] | None = "table",
         official: bool = False,
         num_heads: int = 1,
         layer_index: int = 0,
@@ -118,12 +131,15 @@ class SwinAttention(Mechanism):
         self.shift = half if shift is None else per_axis("shift", shift, axes)
         if min(self.window) < 1 or any(not 0 <= s < w for s, w in zip(self.shift, self.window, strict=True)):
             raise OptionError(f"Need window >= 1 and 0 <= shift < window, got {self.window} and {self.shift}.")
+        if position_bias is not None and position_bias not in _BIASES:
+            raise OptionError(f"position_bias is 'table', 'continuous' or None, got {position_bias!r}.")
         self.axes, self.official = axes, official
+        self.kernel: WindowKernel = dense_windows
         if axes != 2:
             # A sequence is its own grid; other numbers of axes are declared for this instance.
             self.grid_axes = frozenset((axes,))  # type: ignore[misc]
             self.needs_grid = axes > 1  # type: ignore[misc]
-        self.position_bias = RelativePositionBias(self.window, num_heads) if position_bias else None
+        self.position_bias = None if position_bias is None else _BIASES[position_bias](self.window, num_heads)
 
     def extra_repr(self) -> str:
         return f"window={self.window}, shift={self.shift}, official={self.official}"
@@ -155,6 +171,7 @@ class SwinAttention(Mechanism):
             mask=request.mask,
             scale=request.scale,
             fill_logit=_APART if self.official else None,
+            kernel=self.kernel,
         )
 
     def computed_pairs(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> float:
@@ -174,9 +191,8 @@ class SwinAttention(Mechanism):
 class WindowAttention(nn.Module):
     """Multi-head attention inside given windows ``(windows, n, channels)``, with relative position bias.
 
-    impl: ``"sdpa"`` (torch's fused kernel), ``"math"`` (written out), or a function ``(query, key, value, bias, mask,
-    scale)`` on ``(windows, heads, n, head_dim)`` with bias ``(heads, n, n)`` and boolean or additive mask ``(distinct
-    windows, n, n)``.
+    impl: ``"math"`` (written out), ``"sdpa"`` (torch's fused kernel), ``"flash_window"`` (scores kept in fast memory,
+    :mod:`regard.kernels.flash_window`), or a function as :data:`regard.local.windows.WindowKernel`.
     """
 
     def __init__(
@@ -190,8 +206,8 @@ class WindowAttention(nn.Module):
         super().__init__()
         if embed_dim % num_heads:
             raise OptionError(f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}.")
-        if isinstance(impl, str) and impl not in ("sdpa", "math"):
-            raise OptionError(f"impl is 'sdpa', 'math' or a function, got {impl!r}.")
+        if isinstance(impl, str) and impl not in _KERNELS:
+            raise OptionError(f"impl is a function or one of {', '.join(_KERNELS)}; got {impl!r}.")
         self.window = per_axis("window", window, 2)
         self.num_heads, self.impl = num_heads, impl
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
@@ -201,35 +217,47 @@ class WindowAttention(nn.Module):
     def forward(self, windows: Tensor, mask: Tensor | None = None, window: Sequence[int] | None = None) -> Tensor:
         """mask: ``(distinct windows, n, n)``, boolean (True: visible) or added to the logits; the windows of each
         example follow one another. window: their sides, where smaller than the table's."""
-        query, key, value = (
-            x.transpose(1, 2) for x in self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        )
+        query, key, value = split_heads(self.qkv(windows), self.num_heads, 3)
         bias = self.position_bias(window).to(windows.dtype)
-        if callable(self.impl):
-            out = self.impl(query, key, value, bias, mask, query.shape[-1] ** -0.5)
-        else:
-            logits, rule = bias[None], None
-            if mask is not None:
-                every = mask[:, None].repeat(len(windows) // len(mask), 1, 1, 1)
-                if mask.dtype == torch.bool:
-                    rule = Boolean(every)
-                else:
-                    logits = logits + every.to(windows.dtype)
-            backend = "reference" if self.impl == "math" else "sdpa"
-            out = dense_attention(query, key, value, mask=rule, bias=logits, backend=backend)
-        merged: Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return merged
+        kernel = _KERNELS[self.impl] if isinstance(self.impl, str) else self.impl
+        out: Tensor = self.proj(merge_heads(kernel(query, key, value, bias, mask, query.shape[-1] ** -0.5)))
+        return out
 
 
-class SwinBlock(Layer):
-    """``x + DropPath(attention(norm(x)))``, then ``x + DropPath(mlp(norm(x)))``, on ``(batch, length, channels)``.
+class WindowBlock(Layer):
+    """``x + DropPath(mix(norm(x)))``, then ``x + DropPath(mlp(norm(x)))``, on ``(batch, length, channels)``.
 
-    shift: 0 or ``window // 2``. official: the released handling of regions and filling.
+    A subclass says how the tokens of windows mix, and makes the MLP. shift: 0 or ``window // 2``.
     """
 
+    mlp_norm: nn.LayerNorm
+    mlp: Mlp
+
     patterns = frozenset(("self",))
+    growth = "N w^2"
     grid_axes = frozenset((2,))
     needs_grid = True
+
+    def __init__(self, window: int, shift: int, drop_path: float) -> None:
+        super().__init__()
+        if not 0 <= shift < window:
+            raise OptionError(f"Need 0 <= shift < window, got {shift} and {window}.")
+        self.window, self.shift = window, shift
+        self.drop_path = DropPath(drop_path)
+
+    @abstractmethod
+    def mix(self, x: Tensor, space: tuple[int, ...]) -> Tensor:
+        """The first branch, its norm included: ``(batch, length, channels)`` in and out."""
+
+    def forward(self, x: Tensor, *, grid: Sequence[int] | None = None) -> Tensor:
+        """``(batch, length, channels)`` in and out, ``grid`` = (height, width)."""
+        x = x + self.drop_path(self.mix(x, space_of(x, grid)))
+        out: Tensor = x + self.drop_path(self.mlp(self.mlp_norm(x)))
+        return out
+
+
+class SwinBlock(WindowBlock):
+    """The block whose windows attend. official: the released handling of regions and filling."""
 
     def __init__(
         self,
@@ -243,31 +271,20 @@ class SwinBlock(Layer):
         official: bool = False,
         impl: str | WindowKernel = "sdpa",
     ) -> None:
-        super().__init__()
-        if not 0 <= shift < window:
-            raise OptionError(f"Need 0 <= shift < window, got {shift} and {window}.")
-        self.window, self.shift, self.official = window, shift, official
+        super().__init__(window, shift, drop_path)
+        self.official = official
         self.attention_norm = nn.LayerNorm(embed_dim)
         self.attention = WindowAttention(embed_dim, window, num_heads, qkv_bias, impl)
-        self.drop_path = DropPath(drop_path)
-        self.mlp_norm = nn.LayerNorm(embed_dim)
-        self.mlp = Mlp(embed_dim, mlp_ratio)
+        self.mlp_norm, self.mlp = nn.LayerNorm(embed_dim), Mlp(embed_dim, mlp_ratio)
 
-    def forward(self, x: Tensor, *, grid: Sequence[int] | None = None) -> Tensor:
-        """``(batch, length, channels)`` in and out, ``grid`` = (height, width)."""
-        space = space_of(x, grid)
-        x = x + self.drop_path(self._windows(self.attention_norm(x), space))
-        out: Tensor = x + self.drop_path(self.mlp(self.mlp_norm(x)))
-        return out
-
-    def _windows(self, x: Tensor, space: tuple[int, ...]) -> Tensor:
+    def mix(self, x: Tensor, space: tuple[int, ...]) -> Tensor:
         sides, moves = fit_window(space, (self.window,) * 2, (self.shift,) * 2)
         plan = window_plan(space, sides, moves, x.device)
-        mask = plan.visible()
+        mask = plan.visible
         if self.official:
             apart = plan.region[:, :, None] != plan.region[:, None]
             mask = apart.to(x.dtype) * _APART if bool(apart.any()) else None
-        filled = pad_to_windows(x.unflatten(1, space), sides)
+        filled = pad_to_windows(self.attention_norm(x).unflatten(1, space), sides)
         extent = filled.shape[1:-1]
         rolled = filled.roll([-s for s in moves], (1, 2)) if any(moves) else filled
         windows = window_partition(rolled, sides).flatten(1, 2)
@@ -276,12 +293,8 @@ class SwinBlock(Layer):
         return out[:, : space[0], : space[1]].flatten(1, 2)
 
 
-class SwinMLPBlock(Layer):
+class SwinMLPBlock(WindowBlock):
     """Swin's block with attention replaced by a fixed mixing of the tokens of each window, one matrix per head."""
-
-    patterns = frozenset(("self",))
-    grid_axes = frozenset((2,))
-    needs_grid = True
 
     def __init__(
         self,
@@ -292,32 +305,20 @@ class SwinMLPBlock(Layer):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
-        if embed_dim % num_heads or not 0 <= shift < window:
-            raise OptionError(
-                f"Need num_heads dividing embed_dim and 0 <= shift < window; got {num_heads}, {embed_dim}, {shift}, "
-                f"{window}."
-            )
-        self.window, self.shift, self.num_heads = window, shift, num_heads
+        super().__init__(window, shift, drop_path)
+        if embed_dim % num_heads:
+            raise OptionError(f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}.")
+        self.num_heads = num_heads
         tokens = num_heads * window**2
         self.mixing_norm = nn.LayerNorm(embed_dim)
         self.mixing = nn.Conv1d(tokens, tokens, kernel_size=1, groups=num_heads)
-        self.drop_path = DropPath(drop_path)
-        self.mlp_norm = nn.LayerNorm(embed_dim)
-        self.mlp = Mlp(embed_dim, mlp_ratio)
+        self.mlp_norm, self.mlp = nn.LayerNorm(embed_dim), Mlp(embed_dim, mlp_ratio)
 
-    def forward(self, x: Tensor, *, grid: Sequence[int] | None = None) -> Tensor:
-        """``(batch, length, channels)`` in and out, ``grid`` = (height, width)."""
-        space = space_of(x, grid)
-        x = x + self.drop_path(self._mixed(self.mixing_norm(x), space))
-        out: Tensor = x + self.drop_path(self.mlp(self.mlp_norm(x)))
-        return out
-
-    def _mixed(self, x: Tensor, space: tuple[int, ...]) -> Tensor:
+    def mix(self, x: Tensor, space: tuple[int, ...]) -> Tensor:
         # A shift is a border of zeros here, not a roll: a fixed matrix cannot leave tokens out.
         before = self.window - self.shift if self.shift and min(space) > self.window else 0
         sides = (self.window,) * 2
-        image = F.pad(x.unflatten(1, space), (0, 0, before, 0, before, 0))
+        image = F.pad(self.mixing_norm(x).unflatten(1, space), (0, 0, before, 0, before, 0))
         filled = pad_to_windows(image, sides)
         windows = window_partition(filled, sides).flatten(1, 2)
         heads = windows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).flatten(1, 2)

@@ -8,22 +8,18 @@ Source: Pan et al., "Fast Vision Transformers with HiLo Attention", 2022, arXiv 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from regard.errors import OptionError
 from regard.layers.drop_path import DropPath, drop_path_rates
+from regard.layers.maps import PatchEmbed, map_of
 from regard.local.hilo import HiLoAttention
+from regard.models.pyramid import Pyramid
 
-__all__ = ["PRESETS", "ConvMlp", "LITv2"]
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "small": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
-    "medium": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
-    "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
-}
-"""The paper's sizes."""
+__all__ = ["ConvMlp", "LITv2"]
 
 
 class ConvMlp(nn.Module):
@@ -38,7 +34,7 @@ class ConvMlp(nn.Module):
         self.reduce = nn.Linear(hidden, embed_dim)
 
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
-        maps = self.expand(x).transpose(1, 2).unflatten(2, tuple(grid))
+        maps = map_of(self.expand(x), grid)
         mixed = nn.functional.gelu(self.depthwise(maps)).flatten(2).transpose(1, 2)
         out: Tensor = self.reduce(mixed)
         return out
@@ -61,11 +57,17 @@ class _Block(nn.Module):
         return out
 
 
-class LITv2(nn.Module):
+class LITv2(Pyramid):
     """Images ``(batch, in_channels, height, width)`` -> logits ``(batch, num_classes)``; :meth:`maps` gives the stages.
 
     window: HiLo's window in each stage, 0 for a stage without attention.
     """
+
+    presets: ClassVar = {
+        "small": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+        "medium": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+        "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
+    }
 
     def __init__(
         self,
@@ -80,52 +82,15 @@ class LITv2(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.2,
     ) -> None:
-        super().__init__()
         if not len(depths) == len(num_heads) == len(window):
             raise OptionError("depths, num_heads and window have one value a stage each.")
         rates = drop_path_rates(drop_path, sum(depths))
-        self.embeds, self.norms, self.stages = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        channels = in_channels
+        embeds, stages, channels = [], [], in_channels
         for stage, (depth, heads, side) in enumerate(zip(depths, num_heads, window, strict=True)):
-            width, step = embed_dim * 2**stage, 2 if stage else patch_size
-            self.embeds.append(nn.Conv2d(channels, width, step, stride=step))
-            self.norms.append(nn.LayerNorm(width))
-            self.stages.append(
-                nn.ModuleList(
-                    _Block(
-                        width,
-                        HiLoAttention(width, heads, window=side, alpha=alpha) if side else None,
-                        mlp_ratio,
-                        rates.pop(0),
-                    )
-                    for _ in range(depth)
-                )
-            )
+            width = embed_dim * 2**stage
+            embeds.append(PatchEmbed(channels, width, 2 if stage else patch_size, fill=False))
+            attention = partial(HiLoAttention, width, heads, window=side, alpha=alpha)
+            blocks = [_Block(width, attention() if side else None, mlp_ratio, rates.pop(0)) for _ in range(depth)]
+            stages.append(blocks)
             channels = width
-        self.norm = nn.LayerNorm(channels)
-        self.head = nn.Linear(channels, num_classes)
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> LITv2:
-        """A size of :data:`PRESETS`, with some arguments changed."""
-        if name not in PRESETS:
-            raise OptionError(f"There is no LITv2 preset {name!r}; there are {', '.join(PRESETS)}.")
-        return cls(**{**PRESETS[name], **changes})
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """The output of each stage, ``(batch, channels, height, width)``."""
-        found, x = [], images
-        for embed, norm, blocks in zip(self.embeds, self.norms, self.stages, strict=True):
-            maps = embed(x)
-            grid = maps.shape[2:]
-            tokens = norm(maps.flatten(2).transpose(1, 2))
-            for block in blocks:  # type: ignore[attr-defined]
-                tokens = block(tokens, grid)
-            x = tokens.transpose(1, 2).unflatten(2, grid)
-            found.append(x)
-        return found
-
-    def forward(self, images: Tensor) -> Tensor:
-        last = self.maps(images)[-1].flatten(2).transpose(1, 2)
-        logits: Tensor = self.head(self.norm(last).mean(1))
-        return logits
+        super().__init__(embeds, stages, channels, num_classes)

@@ -5,6 +5,7 @@ A paper's backbone says which embeddings and blocks; this class runs them and gi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from regard.errors import OptionError
 from regard.layers.maps import map_of
 
-__all__ = ["Pyramid", "truncated_normal_linears"]
+__all__ = ["Pyramid", "fan_out_convolutions", "truncated_normal_linears"]
 
 P = TypeVar("P", bound="Pyramid")
 
@@ -68,5 +69,15 @@ def truncated_normal_linears(module: nn.Module) -> None:
     """For ``nn.Module.apply``: linear weights from a normal of deviation 0.02 cut at two, biases zero."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def fan_out_convolutions(module: nn.Module) -> None:
+    """For ``nn.Module.apply``: weights of 2-d convolutions from a normal of variance two over what a channel feeds,
+    ``kernel area * out_channels / groups``; biases zero."""
+    if isinstance(module, nn.Conv2d):
+        fed = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fed))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
