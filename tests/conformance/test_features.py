@@ -146,3 +146,12 @@ def test_compile(subject: Subject) -> None:
     assert_same(outs[1], outs[0])
     assert grads[0] is not None and grads[1] is not None
     assert_same(grads[1], grads[0])
+
+
+@pytest.mark.slow
+@over("feature")
+def test_inductor(subject: Subject) -> None:
+    module, x = subject.build(dtype=torch.float32), maps(subject, dtype=torch.float32)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_same(torch.compile(module, dynamic=False)(x), module(x), 1e-4)

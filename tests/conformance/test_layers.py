@@ -198,3 +198,13 @@ def test_compile(subject: Subject) -> None:
     assert_same(outs[1], outs[0])
     assert grads[0] is not None and grads[1] is not None
     assert_same(grads[1], grads[0])
+
+
+@pytest.mark.slow
+@over("layer")
+def test_inductor(subject: Subject) -> None:
+    arguments = calls(subject, 37)[-1]
+    module, x = subject.build(dtype=torch.float32), tokens(37, dtype=torch.float32)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_same(torch.compile(module, dynamic=False)(x, **arguments), module(x, **arguments), 1e-4)

@@ -67,7 +67,15 @@ def flash_window_attention(
     if form == "reference":
         return _reference(query, key, value, bias, mask, factor)
     step = chunk if form == "chunked" else max(query.shape[-1], value.shape[-1], 1)
-    out: Tensor = _Windows.apply(query, key, value, bias, mask, factor, step)
+    return _run(query, key, value, bias, mask, factor, step)
+
+
+# Groups of windows are written in place: no graph, and a compiled model calls them as they are.
+@torch.compiler.disable
+def _run(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, chunk: int
+) -> Tensor:
+    out: Tensor = _Windows.apply(query, key, value, bias, mask, scale, chunk)
     return out
 
 
