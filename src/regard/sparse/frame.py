@@ -74,11 +74,15 @@ class BlockSelector(SparseMechanism):
 
     def cost(self, shape: AttentionShape) -> Cost:
         """An upper bound where only the input tells the density."""
-        nq, nk = num_blocks(shape.q_len, self.block_q), num_blocks(shape.k_len, self.block_k)
+        nk = num_blocks(shape.k_len, self.block_k)
         rule = Causal() if shape.causal else None
         share = BlockLayout.of(rule, shape.q_len, shape.k_len, self.block_q, self.block_k).density()
-        scoring = 2 * shape.batch * shape.num_heads * nq * nk * shape.head_dim
-        return dense_cost(shape, min(share, self.most_blocks(nk) / nk), scoring)
+        return dense_cost(shape, min(share, self.most_blocks(nk) / nk), self.scoring_flops(shape))
+
+    def scoring_flops(self, shape: AttentionShape) -> int:
+        """Operations of the choice; by default one product of vectors per pair of blocks."""
+        nq, nk = num_blocks(shape.q_len, self.block_q), num_blocks(shape.k_len, self.block_k)
+        return 2 * shape.batch * shape.num_heads * nq * nk * shape.head_dim
 
     def most_blocks(self, num_k_blocks: int) -> float:
         """How many key blocks a block of queries visits at most, by the options alone."""
