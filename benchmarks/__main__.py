@@ -1,7 +1,8 @@
 """``python -m benchmarks [--only NAME ...] [--quick] [--out FILE.json]``: one table of ratios measured side by side.
 
 Calls that are compared run in turn, round after round, and the median of the ratios counts, so that the table holds on
-a busy machine. Without ``--quick`` the results are also written to ``docs/benchmarks.md``.
+a busy machine. Results go to ``docs/benchmarks.json``, where those of benchmarks that did not run are kept, and from
+there to ``docs/benchmarks.md``; with ``--quick`` to ``runs/`` alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="where the JSON goes; results of other benchmarks in it are kept")
     options = parser.parse_args(arguments)
-    out = options.out or ROOT / "runs" / ("benchmarks-quick.json" if options.quick else "benchmarks.json")
+    out = options.out or (
+        ROOT / "runs" / "benchmarks-quick.json" if options.quick else ROOT / "docs" / "benchmarks.json"
+    )
     command = shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if arguments is None else arguments)])
     kept = json.loads(out.read_text()) if options.only and out.exists() else {}
     for name in options.only or NAMES:
