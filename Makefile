@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-INSTALLED_BENCH := $(VENV)/.installed-bench
 
 # Through the environment the pins also hold where pip builds a package; newer pips read the second name there.
 PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check
+
+# natten has to be built with the torch that is installed, or the build fetches another. It is asked for its
+# FlexAttention route alone: where it sees a GPU its build compiles CUDA kernels.
+NATTEN := env -u PIP_BUILD_CONSTRAINT CUDA_VISIBLE_DEVICES= PIP_CONSTRAINT=constraints.txt \
+	$(BIN)/python -m pip --disable-pip-version-check install --no-build-isolation natten
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test bench clean
@@ -22,11 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| { echo "constraints.txt needs Python 3.11 or newer; say which with 'make PYTHON=python3.11'"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --editable '.[dev]'
-	touch $@
-
-# natten has to be built with the torch that is installed, or the build fetches another; on a CPU nothing is compiled.
-$(INSTALLED_BENCH): $(INSTALLED)
-	env -u PIP_BUILD_CONSTRAINT PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check install --no-build-isolation natten
+	$(NATTEN)
 	touch $@
 
 demo: $(INSTALLED)  ## compare the training-free mechanisms on the embedded model; report in runs/demo
@@ -39,7 +39,7 @@ test: $(INSTALLED)  ## ruff, mypy and pytest
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
-bench: $(INSTALLED_BENCH)  ## measure the kernels side by side with what else could be used
+bench: $(INSTALLED)  ## measure the kernels side by side with what else could be used
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove caches and build outputs; .venv and runs stay

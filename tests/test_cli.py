@@ -58,12 +58,112 @@ def test_draw_refuses_other_files(tmp_path: Path) -> None:
     assert result.exit_code == 1 and ".png" in result.output
 
 
+@pytest.mark.parametrize(("key", "grid", "query"), [("gna", "30", "7"), ("gna", "8x9", "5,7"), ("cswin", "6x6", None)])
+def test_draw_shows_what_one_query_sees(tmp_path: Path, key: str, grid: str, query: str | None) -> None:
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "made" / "view.png"
+    chosen = () if query is None else ("--query", query)
+    result = call("draw", key, "--grid", grid, *chosen, "--out", str(target))
+    assert result.exit_code == 0 and target.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("swin", "--grid", "16"), "2 axes"),
+        (("gna", "--grid", "16by16"), "16x64x64"),
+        (("gna", "--grid", "8x8", "--query", "3"), "2 axes"),
+        (("gna", "--grid", "8x8", "--query", "3,8"), "7,7"),
+        (("swin", "--grid", "8x8", "--causal"), "causal-self"),
+        (("gna", "--query", "3,3"), "--grid"),
+    ],
+)
+def test_draw_of_an_impossible_view_says_why(arguments: tuple[str, ...], words: str) -> None:
+    pytest.importorskip("matplotlib")
+    result = call("draw", *arguments, "--out", "never.png")
+    assert result.exit_code == 1 and words in result.output and not Path("never.png").exists()
+
+
 def test_options_are_read_as_values() -> None:
     pytest.importorskip("matplotlib")
     result = call("draw", "sliding_window", "--option", "widow=3", "--out", "never.png")
     assert result.exit_code == 1 and "window" in result.output
     result = call("draw", "sliding_window", "--option", "window", "--out", "never.png")
     assert result.exit_code == 1 and "NAME=VALUE" in result.output
+
+
+VIDEO = ("simulate", "--grid", "30x48x80", "--window", "18x24x24")
+
+
+def test_simulate_prints_the_bounds_of_each_tiling() -> None:
+    lines = call(*VIDEO, "--stride", "16x8x8", "--tile", "4x8x8:2x8x8").output.splitlines()
+    rows = [line.split() for line in lines if line.split()[:1] in (["grid"], ["flat"]) and "static" in line]
+    assert rows[0] == ["grid", "static", "11.11x", "11.11x", "11.11x", "yes", "81.0", "81", "900"]
+    assert rows[1][:3] == ["flat", "static", "11.11x"] and rows[1][5] == "no"
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_simulate_searches_stride_and_tile(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "tiles.png"
+    result = call(
+        "simulate",
+        "--grid",
+        "24x32",
+        "--window",
+        "8",
+        "--search",
+        "--tile-volume",
+        "16:32",
+        "--top",
+        "3",
+        "--out",
+        str(target),
+    )
+    assert "8x8" in result.output and "12.00x" in result.output and "sharing" in result.output
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--grid", "64by64", "--window", "8"), "16x64x64"),
+        (("--grid", "64x64", "--window", "8x8x8"), "3 numbers and the grid 2 axes"),
+        (("--grid", "64x64", "--window", "8x65"), "65 > 64"),
+        (("--grid", "64x64", "--window", "8", "--stride", "9"), "stride 9"),
+        (("--grid", "64x64", "--window", "8", "--tile", "4:4:4"), "QUERIES:KEYS"),
+        (("--grid", "64x64", "--window", "8", "--causal", "2"), "0 to 1"),
+        (("--grid", "64x64", "--window", "8", "--search", "--tile-volume", "100"), "powers of two"),
+        (("--grid", "64x64", "--window", "8", "--out", "tiles.txt"), ".png"),
+        (("--grid", "64x64", "--window", "8", "--report", "page.md"), "--measure"),
+        (
+            (
+                "--grid",
+                "64x64",
+            ),
+            "--window",
+        ),
+        (("--measure", "--grid", "64x64"), "of its own"),
+        (("--measure", "--out", "times.txt"), ".png"),
+    ],
+)
+def test_simulate_of_the_impossible_says_why(arguments: tuple[str, ...], words: str) -> None:
+    result = call("simulate", *arguments)
+    assert result.exit_code == 1 and words in " ".join(result.output.split())
+
+
+def test_simulate_measures_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from regard.bench import tile_timing
+
+    few = [tile_timing.Setting.of((64,), window, 1, (8,)) for window in (4, 16, 64)]
+    monkeypatch.setattr(tile_timing, "SETTINGS", few)
+    results, picture, page = tmp_path / "runs.json", tmp_path / "pictures" / "times.png", tmp_path / "page.md"
+    result = call("simulate", "--measure", "--results", str(results), "--out", str(picture), "--report", str(page))
+    assert result.exit_code == 0 and "Spearman rank correlation" in result.output
+    assert len(json.loads(results.read_text())["rows"]) == 3
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "(pictures/times.png)" in page.read_text() and "Spearman" in page.read_text()
 
 
 def test_compare_wants_a_mechanism_with_each_option() -> None:

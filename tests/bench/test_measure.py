@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from regard.bench.measure import interleaved, median_ratio, peak_bytes
+from regard.bench.measure import interleaved, median_ratio, one_thread, peak_bytes
 
 
 def test_calls_take_turns_and_warm_up_is_not_counted() -> None:
@@ -16,6 +17,14 @@ def test_calls_take_turns_and_warm_up_is_not_counted() -> None:
 
 def test_ratios_are_formed_pair_by_pair() -> None:
     assert median_ratio([2.0, 20.0, 6.0], [1.0, 10.0, 2.0]) == 2.0
+
+
+def test_one_thread_gives_the_others_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), one_thread():
+        assert torch.get_num_threads() == 1
+        1 / 0  # noqa: B018
+    assert torch.get_num_threads() == before
 
 
 def test_peak_counts_what_is_held_at_once() -> None:

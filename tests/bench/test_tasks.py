@@ -15,6 +15,7 @@ from regard.bench.tasks import (
     Digits,
     DistractorRetrieval,
     MultiQueryRecall,
+    ShortRangeTask,
     StdlibText,
     stdlib_text,
 )
@@ -26,6 +27,7 @@ MAKERS: dict[str, Any] = {
     "digits": lambda: pytest.importorskip("sklearn") and Digits(),
     "clutter": lambda: ClutteredDigits(train=20, test=10),
     "distractors": lambda: DistractorRetrieval(16),
+    "short range": lambda: ShortRangeTask(8, 2, 24),
 }
 
 
@@ -152,3 +154,34 @@ def test_distractors_hide_one_key() -> None:
     assert bool((inputs[:, :-1, 8:].sum(-1) == 1).all()) and not bool(inputs[:, -1, 8:].any())
     with pytest.raises(OptionError, match="length >= 2"):
         DistractorRetrieval(1)
+
+
+@pytest.mark.paper("ls_attention")
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_short_range_tokens_depend_on_the_last_few_alone(order: int) -> None:
+    """Counted over many sequences, the next token follows the table of its context, and no older token adds to it."""
+    task = ShortRangeTask(3, order, 200)
+    inputs, targets = task.batch(400, seeded())
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    sequence = torch.cat((inputs, targets[:, -1:]), 1)
+    older, *context, following = (sequence[:, s : s + 201 - order - 1] for s in range(order + 2))
+    row = sum(token * 3**place for place, token in enumerate(context))
+    assert bool((task.table.sum(-1) - 1).abs().max() < 1e-6)
+    for first in range(3):
+        counts = torch.zeros(3**order, 3)
+        at = older == first
+        counts.index_put_((row[at], following[at]), torch.ones(int(at.sum())), accumulate=True)
+        total = counts.sum(-1, keepdim=True)
+        error = (counts / total.clamp_min(1) - task.table).abs()
+        assert bool((error < 4 * (0.25 / total.clamp_min(1)).sqrt() + 1e-6)[total[:, 0] > 0].all())
+
+
+def test_short_range_least_loss_is_that_of_the_table() -> None:
+    task = ShortRangeTask(4, 3, 2000)
+    inputs, targets = task.batch(20, seeded())
+    row = inputs[:, :-2] + 4 * inputs[:, 1:-1] + 16 * inputs[:, 2:]
+    own = -task.table.log()[row, targets[:, 2:]].mean()
+    assert float(own) == pytest.approx(task.least_loss(inputs), rel=0.02)
+    assert ShortRangeTask(4, sharpness=0.0).least_loss(inputs) == pytest.approx(torch.tensor(4.0).log().item())
+    with pytest.raises(OptionError, match="order"):
+        ShortRangeTask(order=4)

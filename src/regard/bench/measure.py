@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["interleaved", "median_ratio", "peak_bytes", "seconds"]
+__all__ = ["interleaved", "median_ratio", "one_thread", "peak_bytes", "seconds"]
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -43,6 +43,18 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup:
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     """Median of the ratios pair by pair."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread of the processor: where other work shares it, threads that wait for each other make short
+    calls slow at random."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

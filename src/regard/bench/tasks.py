@@ -21,6 +21,7 @@ __all__ = [
     "Digits",
     "DistractorRetrieval",
     "MultiQueryRecall",
+    "ShortRangeTask",
     "StdlibText",
     "Task",
     "stdlib_text",
@@ -314,3 +315,43 @@ class DistractorRetrieval(_Classification):
 
     def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
         return self.draw(size, generator)[:2]
+
+
+class ShortRangeTask(_Classification):
+    """Next-token prediction where the next token depends on the last ``order`` (1 to 3) tokens alone: a Markov source
+    with a fixed random table, so that attention beyond ``order`` tokens is of no use.
+
+    The chances of the next token are a softmax of ``sharpness`` times normal numbers. Inputs and targets ``(batch,
+    length)``; metric: accuracy. :meth:`least_loss` is what no model can beat.
+    """
+
+    def __init__(
+        self, vocab_size: int = 16, order: int = 3, length: int = 128, sharpness: float = 2.0, seed: int = 0
+    ) -> None:
+        if vocab_size < 2 or not 1 <= order <= 3 or length < 1 or sharpness < 0:
+            raise OptionError(
+                f"Need vocab_size >= 2, order from 1 to 3, length >= 1 and sharpness >= 0; got {vocab_size}, {order}, "
+                f"{length}, {sharpness}."
+            )
+        self.vocab_size = self.num_classes = vocab_size
+        self.order, self.length = order, length
+        logits = torch.randn(vocab_size**order, vocab_size, generator=torch.Generator().manual_seed(seed))
+        self.table = (sharpness * logits).softmax(-1)
+
+    def _context(self, tokens: Tensor) -> Tensor:
+        """The table's row for each stretch of ``order`` tokens along the last axis: ``(..., length - order + 1)``."""
+        stretches = tokens.unfold(-1, self.order, 1)
+        return (stretches * self.vocab_size ** torch.arange(self.order)).sum(-1)
+
+    def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(self.vocab_size, (size, self.order), generator=generator)
+        # The sequence proper begins some tokens later: the first ones were not drawn from the source.
+        for _ in range(self.length + 1):
+            chances = self.table[self._context(tokens[:, -self.order :])[:, 0]]
+            tokens = torch.cat((tokens, torch.multinomial(chances, 1, generator=generator)), 1)
+        return tokens[:, self.order : -1], tokens[:, self.order + 1 :]
+
+    def least_loss(self, inputs: Tensor) -> float:
+        """Mean entropy (nats) of the next token where its whole context is among the inputs."""
+        chances = self.table[self._context(inputs)]
+        return float(-(chances * chances.log()).sum(-1).mean())

@@ -1,0 +1,34 @@
+"""What all figures share: how one is begun, and colours that every eye tells apart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from regard.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["MARK", "UNSEEN", "new_figure", "sequential"]
+
+MARK = "#D55E00"
+"""Outlines what the figure is about (vermilion of Okabe and Ito's palette)."""
+UNSEEN = "#E4E4E4"
+"""Where there is nothing at all, which is not the same as little."""
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty figure of so many inches that needs no display. Raises MissingExtraError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("Drawing", "plot") from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def sequential() -> Any:
+    """Little to much, from light to dark blue: its lightest is still told from ``UNSEEN``."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("regard", colormaps["YlGnBu"]([0.18, 0.4, 0.6, 0.8, 1.0]))
