@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regard.errors import OptionError, ShapeError
-from regard.layout import BlockLayout, TokenLayout, block_members, num_blocks
+from regard.layout import BlockLayout, TokenLayout, block_members, kept_layout, num_blocks
 from regard.masks import Boolean, Causal, KeyPadding, SlidingWindow
 
 
@@ -28,6 +28,16 @@ def test_no_mask_is_everything() -> None:
     layout = BlockLayout.of(None, 5, 7, 2, 3)
     assert bool(layout.full.all()) and bool(layout.dense().all())
     assert layout.density() == 1.0
+
+
+def test_a_kept_layout_is_made_once() -> None:
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        layout = kept_layout(Causal() & SlidingWindow(3), 20, 20, 4, 4, cpu)
+    assert kept_layout(Causal() & SlidingWindow(3), 20, 20, 4, 4, cpu) is layout
+    assert kept_layout(Causal() | SlidingWindow(3), 20, 20, 4, 4, cpu) is not layout
+    assert torch.equal(layout.dense(), (Causal() & SlidingWindow(3)).dense(20, 20))
+    assert not layout.visit.is_inference()
 
 
 def test_only_keeps_the_chosen_blocks() -> None:

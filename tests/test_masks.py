@@ -22,6 +22,7 @@ from regard.masks import (
     KeyPadding,
     Mask,
     Neighborhood,
+    PerHead,
     Predicate,
     Prefix,
     Reindexed,
@@ -29,6 +30,7 @@ from regard.masks import (
     SlidingWindow,
     axis_windows,
     from_block_mask,
+    head_masks,
 )
 
 BATCH, HEADS = 2, 3
@@ -43,9 +45,8 @@ def atoms(draw: st.DrawFn, q_len: int, k_len: int) -> Mask:
         seed = draw(st.integers(0, 99))
         return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
 
-    name = draw(
-        st.sampled_from(["all", "causal", "window", "dilated", "sinks", "prefix", "document", "keys", "dense", "rule"])
-    )
+    names = ["all", "causal", "window", "dilated", "sinks", "prefix", "document", "keys", "dense", "rule", "heads"]
+    name = draw(st.sampled_from(names))
     if name == "causal":
         return Causal()
     if name == "window":
@@ -70,6 +71,9 @@ def atoms(draw: st.DrawFn, q_len: int, k_len: int) -> Mask:
         return Boolean(bits(*shape, k_len))
     if name == "rule":
         return Predicate(lambda b, h, q, k: (q * 3 + k * 5 + b + 2 * h) % 4 > 0, BATCH, HEADS)
+    if name == "heads":
+        rules = [draw(atoms(q_len, k_len)) for _ in range(HEADS)]
+        return PerHead(tuple(rule if rule.heads == 1 else Causal() for rule in rules))
     return Everything()
 
 
@@ -235,6 +239,36 @@ def test_documents() -> None:
         Document(torch.zeros(4)).dense(4, 6)
 
 
+def test_a_rule_per_head() -> None:
+    """Each head sees by its own rule, whatever view of the mask is taken."""
+    q_len, k_len = 9, 11
+    near, padding = Causal() & SlidingWindow(3), KeyPadding(torch.rand(BATCH, k_len) < 0.6)
+    rules = [near, padding, Causal(), near]
+    mask = head_masks(rules)
+    assert (mask.batch, mask.heads) == (BATCH, 4)
+    expected = torch.cat([rule.dense(q_len, k_len).expand(BATCH, 1, q_len, k_len) for rule in rules], 1)
+    assert torch.equal(mask.dense(q_len, k_len), expected)
+    assert torch.equal(by_hand(mask, q_len, k_len), expected)
+    q_blocks, k_blocks = block_members(q_len, 2), block_members(k_len, 3)
+    for part, whole in enumerate(mask.bounds(q_blocks, k_blocks, q_len, k_len)):
+        for head, rule in enumerate(rules):
+            own = rule.bounds(q_blocks, k_blocks, q_len, k_len)[part]
+            assert torch.equal(whole[:, head : head + 1], own.expand(BATCH, *own.shape[1:]))
+    layout = BlockLayout.of(mask, q_len, k_len, 2, 3)
+    assert torch.equal(layout.dense(), expected)
+    assert mask.key_validity(k_len) is None, "windows speak of the query"
+    keys = head_masks([padding, Sinks(2), Everything(), padding]).key_validity(k_len)
+    assert keys is not None and torch.equal(keys[:, 0], padding.valid)
+    assert torch.equal(keys[0, 1:3], torch.stack((torch.arange(k_len) < 2, torch.ones(k_len, dtype=torch.bool))))
+    assert torch.equal(mask.to("cpu").dense(q_len, k_len), expected)
+    assert mask.to("meta").dense(q_len, k_len, device="meta").device.type == "meta"
+
+
+def test_equal_rules_for_all_heads_are_one_rule() -> None:
+    assert head_masks([Causal(), Causal()]) == Causal()
+    assert head_masks([Causal() & SlidingWindow(3)] * 3).heads == 1
+
+
 def test_a_long_analytic_layout_needs_no_dense_tensor() -> None:
     """A million tokens: the dense mask would hold 10^12 pairs."""
     length = 1 << 20
@@ -343,6 +377,13 @@ def test_dense_follows_the_device() -> None:
         (lambda: KeyPadding(torch.ones(2, 3, dtype=torch.bool)).dense(3, 4), ShapeError, "covers 3 keys"),
         (lambda: Boolean(torch.ones(3, dtype=torch.bool)), ShapeError, "2 to 4 axes"),
         (lambda: Boolean(torch.ones(3, 4, dtype=torch.bool)).dense(5, 4), ShapeError, "does not cover"),
+        (lambda: head_masks([]), OptionError, "at least one mask"),
+        (lambda: head_masks([PerHead((Causal(), Sinks(1)))]), OptionError, "no heads of its own"),
+        (
+            lambda: head_masks([Prefix(torch.tensor([1, 2])), Prefix(torch.tensor([1, 2, 3]))]),
+            ShapeError,
+            "different batch",
+        ),
         (lambda: Neighborhood.of((8,), 3, stride=4), OptionError, "stride"),
         (lambda: Neighborhood.of((8,), 5, dilation=2), OptionError, "must not exceed"),
         (lambda: Neighborhood.of((8, 8), (3,)), OptionError, "needs 2 values"),

@@ -6,6 +6,7 @@ Selectors make layouts from (query, key); executors in ``regard.kernels`` run th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from regard.masks import Boolean, Everything, Mask
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = ["BlockLayout", "TokenLayout", "block_members", "num_blocks"]
+__all__ = ["BlockLayout", "TokenLayout", "block_members", "kept_layout", "num_blocks"]
 
 
 def num_blocks(length: int, block_size: int) -> int:
@@ -122,6 +123,14 @@ class BlockLayout:
             mask_mod=seen,
             seq_lengths=(self.q_len, self.k_len),
         )
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def kept_layout(rule: Mask, q_len: int, k_len: int, block_q: int, block_k: int, device: torch.device) -> BlockLayout:
+    """:meth:`BlockLayout.of` a rule that holds no tensors, made once: executors keep their index work with a layout."""
+    return BlockLayout.of(rule, q_len, k_len, block_q, block_k, device)
 
 
 def _sizes(length: int, block: int, device: torch.device) -> Tensor:

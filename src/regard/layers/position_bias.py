@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError
+from regard.kernels.shapes import accumulation_dtype
 
 __all__ = [
     "ContinuousPositionBias",
     "RelativePositionBias",
     "RowColumnPositions",
+    "fold_positions",
     "relative_offsets",
     "resize_rel_bias",
 ]
@@ -101,7 +103,8 @@ class RowColumnPositions(nn.Module):
 
     ``o`` is key position minus query position, from ``-reach`` to ``reach`` on each axis. Bello et al., "Attention
     Augmented Convolutional Networks", 2019, arXiv 1904.09925, section 3.1.1. ``tables``: ``(2 reach + 1, head_dim)``
-    per axis, shared by the heads, from a normal distribution of deviation ``head_dim ** -0.5``.
+    per axis, shared by the heads, from a normal distribution of deviation ``head_dim ** -0.5``, so that queries of
+    variance one get logits of variance one.
     """
 
     def __init__(self, reach: Sequence[int], head_dim: int) -> None:
@@ -110,21 +113,60 @@ class RowColumnPositions(nn.Module):
             raise OptionError(
                 f"Need reaches of at least 0 and a head_dim of at least 1; got {tuple(reach)}, {head_dim}."
             )
-        self.reach = tuple(reach)
+        self.reach, self.head_dim = tuple(reach), head_dim
         self.tables = nn.ParameterList(torch.randn(2 * far + 1, head_dim) * head_dim**-0.5 for far in self.reach)
 
+    def extra_repr(self) -> str:
+        return f"reach={self.reach}, head_dim={self.head_dim}"
+
     def forward(self, query: Tensor, offsets: Sequence[Tensor]) -> Tensor:
-        """``query (..., q_len, head_dim)``; offsets: an integer tensor ``(q_len, k_len)`` an axis -> logits ``(...,
-        q_len, k_len)``, not scaled."""
-        total: Tensor | None = None
-        for table, far, offset in zip(self.tables, self.reach, offsets, strict=True):
-            if int(offset.abs().max()) > far:
-                raise ShapeError(f"Offsets up to {int(offset.abs().max())} exceed the table's reach of {far}.")
-            logits = query @ table.to(query.dtype).T
-            part = logits.gather(-1, (offset + far).expand(*logits.shape[:-1], -1))
-            total = part if total is None else total + part
-        assert total is not None
+        """Logits of keys that fill a grid of ``sides``: ``query (..., q_len, head_dim)`` -> ``(..., q_len,
+        prod(sides))``, row-major, not scaled, in the accumulation dtype.
+
+        offsets: for each axis an integer ``(q_len, side)``, from each query to each coordinate of the keys.
+        """
+        total, *others = _axis_logits(query, tuple(self.tables), offsets)
+        for part in others:
+            total = (total[..., :, None] + part[..., None, :]).flatten(-2)
         return total
+
+
+def fold_positions(
+    query: Tensor, key: Tensor, tables: Sequence[Tensor], offsets: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Query and key with further coordinates, so that ``scale q' . k'`` is ``scale q . k`` plus the logits of
+    :class:`RowColumnPositions`, and a fused kernel needs no bias for every pair.
+
+    A query gets its logit of each coordinate of the keys, axis by axis, and a key the indicator of its coordinates.
+    query ``(..., q_len, head_dim)``; key ``(..., prod(sides), head_dim)``, row-major; tables and offsets as there.
+    """
+    parts = _axis_logits(query, tables, offsets)
+    sides = [part.shape[-1] for part in parts]
+    places = [torch.eye(side, dtype=key.dtype, device=key.device) for side in sides]
+    columns = []
+    for axis, place in enumerate(places):
+        before, after = math.prod(sides[:axis]), math.prod(sides[axis + 1 :])
+        columns.append(place.repeat_interleave(after, 0).repeat(before, 1))
+    shown = torch.cat(columns, -1)
+    logits = torch.cat(parts, -1) / scale
+    return (
+        torch.cat((query, logits.to(query.dtype)), -1),
+        torch.cat((key, shown.expand(*key.shape[:-1], -1)), -1),
+    )
+
+
+def _axis_logits(query: Tensor, tables: Sequence[Tensor], offsets: Sequence[Tensor]) -> list[Tensor]:
+    """``q_i . r[o]`` for each axis, ``(..., q_len, side)``."""
+    work = accumulation_dtype(query.dtype)
+    found = []
+    for table, offset in zip(tables, offsets, strict=True):
+        reach = table.shape[0] // 2
+        # On an accelerator reading the offsets back would stall it, and gather itself refuses what is out of range.
+        if offset.device.type == "cpu" and int(offset.abs().max()) > reach:
+            raise ShapeError(f"Offsets up to {int(offset.abs().max())} exceed the table's reach of {reach}.")
+        logits = query.to(work) @ table.to(work).T
+        found.append(logits.gather(-1, (offset + reach).expand(*logits.shape[:-1], -1)))
+    return found
 
 
 def resize_rel_bias(table: Tensor, new_window: Sequence[int], window: Sequence[int] | None = None) -> Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regard.errors import ShapeError, UnsupportedMaskError
-from regard.masks import Mask
+from regard.errors import ShapeError
+from regard.layers.padding import layer_keys
 
 __all__ = ["layer_keys", "per_head"]
 
@@ -21,13 +21,3 @@ def per_head(real: Tensor | None) -> Tensor | None:
             f"got {real.dtype} of shape {tuple(real.shape)}."
         )
     return real[:, None]
-
-
-def layer_keys(mask: Mask | None, length: int, device: torch.device, name: str) -> Tensor | None:
-    """The keys ``(batch | 1, heads | 1, length)`` that a layer's mask shows; a mask per query is refused."""
-    if mask is None:
-        return None
-    keys = mask.to(device).key_validity(length)
-    if keys is None:
-        raise UnsupportedMaskError(f"{name} can hide keys (KeyPadding), but not per query as {mask!r:.120} does.")
-    return keys.to(device)

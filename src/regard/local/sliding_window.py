@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError
-from regard.layout import BlockLayout
+from regard.layout import BlockLayout, kept_layout
 from regard.masks import Mask, Sinks, SlidingWindow
 from regard.mechanism import KeyValueState, Request, SparseMechanism
 from regard.registry import register
@@ -48,7 +48,8 @@ class SlidingWindowAttention(SparseMechanism):
 
     def select(self, query: Tensor, key: Tensor, request: Request) -> BlockLayout:
         rule = self.rule if request.visible is None else self.rule & request.visible
-        return BlockLayout.of(rule, query.shape[2], key.shape[2], self.block_size, self.block_size, query.device)
+        make = kept_layout if request.mask is None else BlockLayout.of
+        return make(rule, query.shape[2], key.shape[2], self.block_size, self.block_size, query.device)
 
     def cost(self, shape: AttentionShape) -> Cost:
         seen = min((self.window if shape.causal else 2 * self.window - 1) + self.sinks, shape.k_len)

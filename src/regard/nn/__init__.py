@@ -2,6 +2,6 @@
 
 from regard.nn.attention import MultiHeadAttention, make_attention
 from regard.nn.block import TransformerBlock
-from regard.nn.maps import OnMap
+from regard.nn.maps import OnMap, OnTokens
 
-__all__ = ["MultiHeadAttention", "OnMap", "TransformerBlock", "make_attention"]
+__all__ = ["MultiHeadAttention", "OnMap", "OnTokens", "TransformerBlock", "make_attention"]

@@ -1,7 +1,8 @@
-"""A layer on tokens as a layer on maps, for callers with channels first or last."""
+"""A layer on tokens as one on maps, for callers with channels first or last, and a module on maps as one on tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from regard.layers.maps import map_of, tokens_of
 from regard.mechanism import Layer
 
-__all__ = ["OnMap"]
+__all__ = ["OnMap", "OnTokens"]
 
 
 class OnMap(nn.Module):
@@ -29,3 +30,17 @@ class OnMap(nn.Module):
             return out.unflatten(1, maps.shape[1:-1])
         tokens, grid = tokens_of(maps)
         return map_of(self.layer(tokens, grid=grid, **call), grid)
+
+
+class OnTokens(nn.Module):
+    """``feature`` on maps as a block on tokens ``(batch, length, channels)`` with their ``grid``, as pyramids call it.
+
+    The feature keeps the map's space.
+    """
+
+    def __init__(self, feature: nn.Module) -> None:
+        super().__init__()
+        self.feature = feature
+
+    def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
+        return tokens_of(self.feature(map_of(x, grid)))[0]

@@ -18,7 +18,7 @@ from torch import nn
 from regard.errors import RetrofitError
 from regard.mechanism import Mechanism
 
-__all__ = ["Selector", "Site", "discover", "interface_method", "select"]
+__all__ = ["Selector", "Site", "discover", "interface_method", "reachable", "select"]
 
 Selector = int | str | Callable[[str], bool] | Sequence[int | str] | None
 
@@ -123,13 +123,23 @@ def _host(module: nn.Module) -> Literal["transformers", "torch", "regard"] | Non
     return "transformers" if interface_method(type(module)) is not None else None
 
 
-def discover(model: nn.Module) -> list[Site]:
-    """All attention layers of a model that can be reached, in the model's order; RetrofitError when there are none."""
+def _require_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise RetrofitError(
             f"Expected a live torch model, got {type(model).__name__}. Load it first, for instance with "
             "transformers.AutoModel.from_pretrained(name)."
         )
+
+
+def reachable(model: nn.Module) -> bool:
+    """Whether a model has attention layers that :func:`discover` finds."""
+    _require_model(model)
+    return any(_host(module) is not None for module in model.modules())
+
+
+def discover(model: nn.Module) -> list[Site]:
+    """All attention layers of a model that can be reached, in the model's order; RetrofitError when there are none."""
+    _require_model(model)
     found: list[tuple[str, nn.Module, Literal["transformers", "torch", "regard"]]] = []
     inside: list[str] = []
     for path, module in model.named_modules():
