@@ -27,7 +27,7 @@ from regard.cost import AttentionShape, Cost, linear_cost
 from regard.errors import OptionError, ShapeError
 from regard.kernels import linear_attention, masked_softmax
 from regard.kernels.shapes import accumulation_dtype, expand_groups
-from regard.linear.padding import per_head
+from regard.layers.padding import per_head
 from regard.mechanism import Feature, Mechanism, Request
 from regard.registry import register
 

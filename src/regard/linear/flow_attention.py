@@ -28,7 +28,7 @@ from regard.cost import AttentionShape, Cost, linear_cost
 from regard.errors import OptionError, ShapeError
 from regard.kernels import LinearState, linear_attention, masked_softmax
 from regard.kernels.shapes import accumulation_dtype, expand_groups
-from regard.linear.padding import layer_keys, per_head
+from regard.layers.padding import layer_keys, per_head
 from regard.masks import Mask
 from regard.mechanism import Layer, Mechanism, Request
 from regard.registry import register

@@ -31,7 +31,7 @@ from regard.errors import OptionError, ShapeError
 from regard.kernels import LinearState, linear_attention
 from regard.kernels.shapes import accumulation_dtype, expand_groups
 from regard.layers.norms import SRMSNorm, srms_norm
-from regard.linear.padding import layer_keys
+from regard.layers.padding import layer_keys
 from regard.masks import Mask
 from regard.mechanism import Layer, Mechanism, Request
 from regard.registry import register
