@@ -111,7 +111,7 @@ def text(report: Callable[[str], None]) -> dict[str, Any]:
         with LogitMonitor(model) as monitor:
             found[f"text_loss_nats_{name}"] = round(evaluate(model, plain)[0], 4)
         if name == "qk_norm":  # the monitor sees what comes before the norm; logits are cosines times the scale
-            scales = [float(module.scale) for module in model.modules() if isinstance(module, QKNorm)]
+            scales = [float(module.scale.detach()) for module in model.modules() if isinstance(module, QKNorm)]
             found["text_logit_bound_by_layer_qk_norm"] = [round(abs(scale), 1) for scale in scales]
         else:
             found[f"text_max_logit_by_layer_{name}"] = _layers(monitor)
