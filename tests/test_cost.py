@@ -87,12 +87,6 @@ def test_linear_state_does_not_grow() -> None:
     assert costs[1].flops == 10 * costs[0].flops
 
 
-def test_shape_can_be_changed() -> None:
-    shape = AttentionShape(8, 8, 4, 16, num_kv_heads=2)
-    longer = shape.with_(k_len=80)
-    assert (longer.q_len, longer.k_len, longer.kv_heads, longer.v_dim) == (8, 80, 2, 16)
-
-
 def test_full_attention_declares_what_it_runs() -> None:
     shape = AttentionShape(16, 16, 2, 8)
     mechanism, inputs = regard.create("full"), tensors(shape)

@@ -81,7 +81,6 @@ def test_kinds() -> None:
     assert registry.kind_of(type("L", (Layer,), {})) == "layer"
     assert registry.kind_of(type("F", (Feature,), {})) == "feature"
     assert registry.kind_of(nn.Linear) == "other"
-    assert registry.is_swappable("full")
 
 
 def test_catalogue_filters() -> None:

@@ -5,7 +5,7 @@ A product of ``(m, k)`` and ``(k, n)`` is ``2 m k n`` operations; softmax, masks
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 __all__ = ["AttentionShape", "Cost", "cache_bytes", "dense_cost", "linear_cost", "linear_layer_flops"]
 
@@ -32,10 +32,6 @@ class AttentionShape:
     @property
     def v_dim(self) -> int:
         return self.value_dim or self.head_dim
-
-    def with_(self, **changes: object) -> AttentionShape:
-        """A copy with some sizes changed."""
-        return replace(self, **changes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

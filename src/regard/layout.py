@@ -111,16 +111,11 @@ class BlockLayout:
             order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
             return count, order.contiguous()
 
-        rule, one_batch, one_head = self.mask.mod(self.q_len, self.k_len), self.mask.batch == 1, self.mask.heads == 1
-
-        def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return rule(b * 0 if one_batch else b, h * 0 if one_head else h, q, k)
-
         return BlockMask.from_kv_blocks(
             *ordered(self.partial),
             *ordered(self.full),
             BLOCK_SIZE=(self.block_q, self.block_k),
-            mask_mod=seen,
+            mask_mod=self.mask.wide_mod(self.q_len, self.k_len),
             seq_lengths=(self.q_len, self.k_len),
         )
 

@@ -69,6 +69,11 @@ class Mask(ABC):
     def mod(self, q_len: int, k_len: int) -> MaskMod:
         """The rule as FlexAttention's ``mask_mod(b, h, q_idx, kv_idx)`` for these lengths, elementwise in tensors."""
 
+    def wide_mod(self, q_len: int, k_len: int) -> MaskMod:
+        """As :meth:`mod`, for a caller whose batch and head indices may run further than the rule's own."""
+        rule, one_batch, one_head = self.mod(q_len, k_len), self.batch == 1, self.heads == 1
+        return lambda b, h, q, k: rule(b * 0 if one_batch else b, h * 0 if one_head else h, q, k)
+
     @abstractmethod
     def bounds(self, q_blocks: Tensor, k_blocks: Tensor, q_len: int, k_len: int) -> Bounds:
         """What is known of each pair of blocks.
@@ -613,7 +618,7 @@ class _Pair(Mask):
 
 class _Both(_Pair):
     def mod(self, q_len: int, k_len: int) -> MaskMod:
-        first, second = _indexed(self.first, q_len, k_len), _indexed(self.second, q_len, k_len)
+        first, second = self.first.wide_mod(q_len, k_len), self.second.wide_mod(q_len, k_len)
         return lambda b, h, q, k: first(b, h, q, k) & second(b, h, q, k)
 
     def bounds(self, q_blocks: Tensor, k_blocks: Tensor, q_len: int, k_len: int) -> Bounds:
@@ -627,7 +632,7 @@ class _Both(_Pair):
 
 class _Either(_Pair):
     def mod(self, q_len: int, k_len: int) -> MaskMod:
-        first, second = _indexed(self.first, q_len, k_len), _indexed(self.second, q_len, k_len)
+        first, second = self.first.wide_mod(q_len, k_len), self.second.wide_mod(q_len, k_len)
         return lambda b, h, q, k: first(b, h, q, k) | second(b, h, q, k)
 
     def bounds(self, q_blocks: Tensor, k_blocks: Tensor, q_len: int, k_len: int) -> Bounds:
@@ -670,7 +675,7 @@ class PerHead(Mask):
         return groups
 
     def mod(self, q_len: int, k_len: int) -> MaskMod:
-        rules = [(_indexed(mask, q_len, k_len), heads) for mask, heads in self._distinct().items()]
+        rules = [(mask.wide_mod(q_len, k_len), heads) for mask, heads in self._distinct().items()]
 
         def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             found = None
@@ -707,12 +712,6 @@ def head_masks(masks: Sequence[Mask]) -> Mask:
     """
     rules = PerHead(tuple(masks))
     return rules.masks[0] if len(set(rules.masks)) == 1 else rules
-
-
-def _indexed(mask: Mask, q_len: int, k_len: int) -> MaskMod:
-    """``mask.mod`` for a caller whose batch and head indices may run further than the mask's own."""
-    rule, one_batch, one_head = mask.mod(q_len, k_len), mask.batch == 1, mask.heads == 1
-    return lambda b, h, q, k: rule(b * 0 if one_batch else b, h * 0 if one_head else h, q, k)
 
 
 @dataclass(frozen=True)

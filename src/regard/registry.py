@@ -99,11 +99,6 @@ def build(name: str, options: Mapping[str, Any], **context: int) -> nn.Module:
     return create(name, **filled, **options)
 
 
-def is_swappable(name: str) -> bool:
-    """Whether a name is a mechanism on (query, key, value), so that a model can be given it without new projections."""
-    return issubclass(get(name), Mechanism)
-
-
 def kind_of(cls: type[nn.Module]) -> str:
     """'mechanism', 'layer', 'feature' or 'other'."""
     for kind, base in (("mechanism", Mechanism), ("layer", Layer), ("feature", Feature)):
