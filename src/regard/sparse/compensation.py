@@ -8,7 +8,7 @@ from torch import Tensor
 from regard.kernels import accumulation_dtype, block_sparse_attention, merge_attentions
 from regard.layout import BlockLayout
 from regard.masks import Everything
-from regard.sparse.scoring import BlockView, per_kv_head, pool_blocks, split_blocks
+from regard.sparse.scoring import BlockView, block_counts, per_kv_head, pool_blocks
 
 __all__ = ["pooled_attention", "pooled_remainder"]
 
@@ -34,8 +34,7 @@ def pooled_attention(
     key, value = per_kv_head(key, keys), per_kv_head(value, keys)
     means, values = pool_blocks(key, block_k, keys), pool_blocks(value, block_k, keys)
     work = accumulation_dtype(query.dtype)
-    ones = torch.ones(1, 1, key.shape[2], dtype=work, device=key.device) if keys is None else keys.to(work)
-    counts = split_blocks(ones[..., None], block_k).sum(-2)[..., 0]
+    counts = block_counts(key, block_k, keys)
     sizes = counts.clamp_min(1).log().expand(*means.shape[:2], -1)
     # One more channel carries the logarithm of the size: q' = (scale q, 1), k' = (mean, log size).
     queries = torch.cat((query.to(work) * scale, query.new_ones(*query.shape[:3], 1, dtype=work)), -1)

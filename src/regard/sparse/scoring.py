@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,15 @@ from torch import Tensor
 
 from regard.kernels import accumulation_dtype, expand_groups
 from regard.layout import BlockLayout, num_blocks
+from regard.masks import Everything
 
 __all__ = [
     "SCORES",
     "BlockView",
+    "Reduction",
+    "RowTotal",
     "Score",
+    "block_counts",
     "block_has",
     "block_index",
     "grouped_scores",
@@ -80,8 +85,11 @@ Score = Callable[[Tensor, Tensor, BlockView], Tensor]
 """``(query, key, view)`` -> how much a block of queries is likely to attend to a block of keys, on the scale of logits:
 ``(batch, heads, num_q_blocks, num_k_blocks)``. Blocks out of sight may have any score."""
 
+RowTotal = Literal["max", "sum"]
+Reduction = Literal["max", "mean"]
+
 # Token scores that are formed at once on the way to block scores.
-_AREA = 1 << 24
+_AREA = 1 << 21
 
 
 def split_blocks(x: Tensor, block_size: int) -> Tensor:
@@ -104,6 +112,13 @@ def pool_blocks(x: Tensor, block_size: int, keys: Tensor | None = None) -> Tenso
     shown = keys[..., None]
     counts = split_blocks(shown.to(x.dtype), block_size).sum(-2)
     return split_blocks(torch.where(shown, x, 0), block_size).sum(-2) / counts.clamp_min(1)
+
+
+def block_counts(x: Tensor, block_size: int, keys: Tensor | None = None) -> Tensor:
+    """How many tokens of each block of ``x (batch, heads, length, dim)`` count, ``(batch | 1, heads | 1, num_blocks)``
+    in the accumulation dtype; ``keys`` as in :func:`pool_blocks`."""
+    ones = x.new_ones(1, 1, x.shape[2], dtype=torch.bool) if keys is None else keys
+    return split_blocks(ones[..., None].to(accumulation_dtype(x.dtype)), block_size).sum(-2)[..., 0]
 
 
 def block_has(keys: Tensor, block_size: int) -> Tensor:
@@ -140,9 +155,23 @@ def max_scores(query: Tensor, key: Tensor, view: BlockView) -> Tensor:
     return _largest(query, key, view, None)
 
 
-def sampled_scores(query: Tensor, key: Tensor, view: BlockView, share: float = 0.25, seed: int = 0) -> Tensor:
-    """As :func:`max_scores`, over a random share of the positions in a block, the same in all blocks."""
-    return _largest(query, key, view, (share, seed))
+def sampled_scores(
+    query: Tensor,
+    key: Tensor,
+    view: BlockView,
+    share: float = 0.25,
+    seed: int = 0,
+    *,
+    minus: RowTotal | None = None,
+    reduce: Reduction = "max",
+) -> Tensor:
+    """As :func:`max_scores`, over a random share of the positions in a block, the same in all blocks.
+
+    minus: what is taken from the logits of each query first, over all its sampled keys: the largest (``"max"``), or
+    the log-sum-exp (``"sum"``), which leaves log-probabilities. reduce: ``"mean"`` gives the logarithm of the mean of
+    ``exp(score)`` over the visible pairs of a block instead of their largest score.
+    """
+    return _largest(query, key, view, (share, seed), minus, reduce)
 
 
 SCORES: dict[str, Score] = {"mean": mean_scores, "max": max_scores, "sampled": sampled_scores}
@@ -162,7 +191,14 @@ def _positions(length: int, block: int, sample: tuple[float, int] | None, device
     return index.clamp_max(length).to(device)
 
 
-def _largest(query: Tensor, key: Tensor, view: BlockView, sample: tuple[float, int] | None) -> Tensor:
+def _largest(
+    query: Tensor,
+    key: Tensor,
+    view: BlockView,
+    sample: tuple[float, int] | None,
+    minus: RowTotal | None = None,
+    reduce: Reduction = "max",
+) -> Tensor:
     layout, device = view.layout, query.device
     work = accumulation_dtype(query.dtype)
     key = per_kv_head(key, view.keys)
@@ -175,16 +211,30 @@ def _largest(query: Tensor, key: Tensor, view: BlockView, sample: tuple[float, i
     batch, heads = query.shape[:2]
     b = torch.arange(layout.mask.batch, device=device).view(-1, 1, 1, 1)
     h = torch.arange(layout.mask.heads, device=device).view(1, -1, 1, 1)
+    short = layout.q_len % view.block_q or layout.k_len % view.block_k
+    everything = isinstance(layout.mask, Everything) and view.keys is None and not short
     step = max(_AREA // (batch * heads * at_q.shape[1] * at_k.numel()), 1)
     rows = []
     for start in range(0, len(at_q), step):
         part = picked_q[start : start + step]
         logits = grouped_scores(query.to(work)[:, :, part.flatten()], keys)
-        seen = rule(b, h, part.view(1, 1, -1, 1), at_k.clamp_max(layout.k_len - 1).view(1, 1, 1, -1))
-        seen = seen & (at_k < layout.k_len).flatten() & (at_q[start : start + step] < layout.q_len).view(-1, 1)
-        if view.keys is not None:
-            seen = seen & view.keys[:, :, None, at_k.clamp_max(layout.k_len - 1).flatten()]
-        logits = logits.masked_fill(~seen, float("-inf"))
-        shaped = logits.unflatten(3, at_k.shape).unflatten(2, part.shape)
-        rows.append(shaped.amax((3, 5)))
+        if not everything:
+            seen = rule(b, h, part.view(1, 1, -1, 1), at_k.clamp_max(layout.k_len - 1).view(1, 1, 1, -1))
+            seen = seen & (at_k < layout.k_len).flatten() & (at_q[start : start + step] < layout.q_len).view(-1, 1)
+            if view.keys is not None:
+                seen = seen & view.keys[:, :, None, at_k.clamp_max(layout.k_len - 1).flatten()]
+            logits = logits.masked_fill(~seen, float("-inf"))
+        shaped = logits.unflatten(3, at_k.shape)
+        # Over the keys of a block first: they lie side by side, and what follows is small.
+        best = shaped.amax(-1)
+        scores = best if reduce == "max" else shaped.logsumexp(-1)
+        if minus is not None:
+            total = best.amax(-1, keepdim=True) if minus == "max" else logits.logsumexp(-1, keepdim=True)
+            scores = scores - torch.where(total.isfinite(), total, 0)
+        scores = scores.unflatten(2, part.shape)
+        if reduce == "max":
+            rows.append(scores.amax(3))
+        else:
+            pairs = (shaped > float("-inf")).sum(-1).unflatten(2, part.shape).sum(3).clamp_min(1)
+            rows.append(scores.logsumexp(3) - pairs.to(scores.dtype).log())
     return torch.cat(rows, 2)
