@@ -28,7 +28,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ from regard.kernels.backends import resolve
 from regard.layers.position_bias import RelativePositionBias
 from regard.local.neighborhood import (
     bias_table,
+    check_neighborhood,
     fitted_neighborhood,
     neighborhood_plan,
     offset_entries,
@@ -247,11 +248,7 @@ class NeighborhoodAttention(Mechanism):
         num_heads: int = 1,
     ) -> None:
         super().__init__()
-        for name, value in (("window", window), ("dilation", dilation), ("tile", tile or 1), ("kv_tile", kv_tile or 1)):
-            if any(v < 1 for v in ([value] if isinstance(value, int) else value)):
-                raise OptionError(f"fna's {name} must be at least 1 on every axis, got {value}.")
-        if border not in get_args(Border):
-            raise OptionError(f"fna's border is one of {', '.join(get_args(Border))}; got {border!r}.")
+        check_neighborhood("fna", border, window=window, dilation=dilation, tile=tile, kv_tile=kv_tile)
         if backend != "auto" and backend not in FORMS:
             raise OptionError(f"fna's backend is auto, {', '.join(FORMS)}; got {backend!r}.")
         self.window, self.dilation, self.causal_axes = window, dilation, causal_axes
@@ -269,8 +266,7 @@ class NeighborhoodAttention(Mechanism):
 
     def rule(self, grid: Sequence[int], causal: bool = False) -> Neighborhood:
         """The neighbourhood on ``grid``, with window and dilation as large as the axes allow."""
-        flags = (self.causal_axes,) * len(grid) if isinstance(self.causal_axes, bool) else tuple(self.causal_axes)
-        return fitted_neighborhood(grid, self.window, 1, self.dilation, (causal or flags[0], *flags[1:]), self.border)
+        return fitted_neighborhood(grid, self.window, 1, self.dilation, self.causal_axes, self.border, causal)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
         grid = (query.shape[2],) if request.grid is None else request.grid

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,13 @@ from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError, ShapeError
 from regard.kernels import dense_attention, merge_attentions
 from regard.layout import BlockLayout, block_members
-from regard.local.neighborhood import NeighborhoodPlan, fitted_neighborhood, neighborhood_plan, visible_pairs
+from regard.local.neighborhood import (
+    NeighborhoodPlan,
+    check_neighborhood,
+    fitted_neighborhood,
+    neighborhood_plan,
+    visible_pairs,
+)
 from regard.masks import Border, Mask, Neighborhood, Reindexed, axis_windows
 from regard.mechanism import Request, SparseMechanism, per_axis
 from regard.registry import register
@@ -104,13 +110,9 @@ class GeneralizedNeighborhoodAttention(SparseMechanism):
         tile: Axes | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("window", window), ("stride", stride), ("dilation", dilation), ("tile", tile or 1)):
-            if any(v < 1 for v in ([value] if isinstance(value, int) else value)):
-                raise OptionError(f"gna's {name} must be at least 1 on every axis, got {value}.")
+        check_neighborhood("gna", border, window=window, stride=stride, dilation=dilation, tile=tile)
         if isinstance(window, int) and isinstance(stride, int) and stride > window:
             raise OptionError(f"gna's stride {stride} must not exceed its window {window}.")
-        if border not in get_args(Border):
-            raise OptionError(f"gna's border is one of {', '.join(get_args(Border))}; got {border!r}.")
         if extra_tokens < 0:
             raise OptionError(f"extra_tokens counts keys, so it cannot be {extra_tokens}.")
         self.window, self.stride, self.dilation, self.causal_axes = window, stride, dilation, causal_axes
@@ -124,9 +126,7 @@ class GeneralizedNeighborhoodAttention(SparseMechanism):
 
     def rule(self, grid: Sequence[int], causal: bool = False) -> Neighborhood:
         """The neighbourhood on ``grid``, with window, dilation and stride as large as the axes allow."""
-        flags = (self.causal_axes,) * len(grid) if isinstance(self.causal_axes, bool) else tuple(self.causal_axes)
-        flags = (causal or flags[0], *flags[1:])
-        return fitted_neighborhood(grid, self.window, self.stride, self.dilation, flags, self.border)
+        return fitted_neighborhood(grid, self.window, self.stride, self.dilation, self.causal_axes, self.border, causal)
 
     def plan(self, grid: Sequence[int], causal: bool, device: torch.device) -> NeighborhoodPlan:
         """The tile order of the tokens and the layout of the neighbourhood in that order."""

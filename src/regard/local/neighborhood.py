@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from regard.mechanism import per_axis
 __all__ = [
     "NeighborhoodPlan",
     "bias_table",
+    "check_neighborhood",
     "fitted_neighborhood",
     "neighborhood_plan",
     "offset_entries",
@@ -37,25 +39,35 @@ Axes = int | Sequence[int]
 _PART = 1 << 17
 
 
+def check_neighborhood(name: str, border: str, **sizes: Axes | None) -> None:
+    """Refuse a border that is none, and sizes below 1 on any axis (None: not given)."""
+    for size, value in sizes.items():
+        if value is not None and any(v < 1 for v in ([value] if isinstance(value, int) else value)):
+            raise OptionError(f"{name}'s {size} must be at least 1 on every axis, got {value}.")
+    if border not in get_args(Border):
+        raise OptionError(f"{name}'s border is one of {', '.join(get_args(Border))}; got {border!r}.")
+
+
 def fitted_neighborhood(
     grid: Sequence[int],
     window: Axes,
     stride: Axes = 1,
     dilation: Axes = 1,
-    causal: bool | Sequence[bool] = False,
+    causal_axes: bool | Sequence[bool] = False,
     border: Border = "clamp",
+    causal: bool = False,
 ) -> Neighborhood:
     """The neighbourhood on ``grid``, as far as its axes allow: dilation gives way first, then the window, then the
-    stride."""
+    stride. causal: the first axis is causal in any case."""
     axes = len(grid)
-    flags = (causal,) * axes if isinstance(causal, bool) else tuple(causal)
+    flags = (causal_axes,) * axes if isinstance(causal_axes, bool) else tuple(causal_axes)
     if len(flags) != axes:
         raise OptionError(f"causal_axes {flags} has {len(flags)} values, but the grid has {axes} axes.")
     windows, rates = per_axis("window", window, axes), per_axis("dilation", dilation, axes)
     rate = tuple(max(min(d, n // w), 1) for n, w, d in zip(grid, windows, rates, strict=True))
     size = tuple(min(w, n // d) for n, w, d in zip(grid, windows, rate, strict=True))
     step = tuple(min(s, w) for s, w in zip(per_axis("stride", stride, axes), size, strict=True))
-    return Neighborhood(tuple(grid), size, step, rate, flags, border)
+    return Neighborhood(tuple(grid), size, step, rate, (causal or flags[0], *flags[1:]), border)
 
 
 def visible_pairs(rule: Neighborhood) -> int:
