@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -50,17 +51,33 @@ class RelativePositionBias(nn.Module):
 
     def at(self, offsets: Tensor) -> Tensor:
         """The bias at integer ``offsets`` ``(..., axes)``: ``(num_heads, ...)``."""
-        row = torch.zeros_like(offsets[..., 0])
-        for axis, side in enumerate(self.window):
-            row = row * (2 * side - 1) + offsets[..., axis] + side - 1
-        return self.table[row.flatten()].T.reshape(self.num_heads, *row.shape)
+        return self._rows(_table_rows(offsets, self.window))
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        return self.table.index_select(0, rows.flatten()).T.reshape(self.num_heads, *rows.shape)
 
     def forward(self, window: Sequence[int] | None = None) -> Tensor:
         """``(num_heads, n, n)`` for all pairs of a window, the table's own or a smaller one."""
         sides = self.window if window is None else tuple(window)
         if len(sides) != len(self.window) or any(a > b for a, b in zip(sides, self.window, strict=True)):
             raise ShapeError(f"A table for windows of {self.window} has no bias for {sides}; see resize_rel_bias.")
-        return self.at(relative_offsets(sides, self.table.device))
+        return self._rows(_window_rows(sides, self.window, self.table.device))
+
+
+def _table_rows(offsets: Tensor, window: Sequence[int]) -> Tensor:
+    """Rows of a table for ``window``, by offsets ``(..., axes)``."""
+    row = torch.zeros_like(offsets[..., 0])
+    for axis, side in enumerate(window):
+        row = row * (2 * side - 1) + offsets[..., axis] + side - 1
+    return row
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _window_rows(sides: tuple[int, ...], window: tuple[int, ...], device: torch.device) -> Tensor:
+    """Rows of all pairs of a window, ``(n, n)``; kept, since every forward pass asks for them."""
+    return _table_rows(relative_offsets(sides, device), window)
 
 
 class ContinuousPositionBias(nn.Module):

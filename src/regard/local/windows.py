@@ -19,7 +19,7 @@ from torch import Tensor
 
 from regard.errors import OptionError, ShapeError
 from regard.kernels import dense_attention
-from regard.masks import Boolean, Mask
+from regard.masks import Mask
 from regard.mechanism import per_axis
 
 __all__ = [
@@ -216,16 +216,23 @@ def dense_windows(
     backend: str | None = None,
 ) -> Tensor:
     """The :data:`WindowKernel` that is :func:`~regard.kernels.dense_attention` on a batch of windows."""
-    logits, rule = None if bias is None else bias[None], None
-    if mask is not None:
-        every = (mask[:, None] if mask.dim() == 3 else mask).repeat(len(query) // len(mask), 1, 1, 1)
-        if mask.dtype == torch.bool:
-            rule = Boolean(every)
-        else:
-            visible = every > float("-inf")
-            rule, every = Boolean(visible), every.to(query.dtype).masked_fill(~visible, 0)
-            logits = every if logits is None else logits + every
-    return dense_attention(query, key, value, bias=logits, mask=rule, scale=scale, backend=backend)
+    if mask is None:
+        return dense_attention(
+            query, key, value, bias=None if bias is None else bias[None], scale=scale, backend=backend
+        )
+    own = mask[:, None] if mask.dim() == 3 else mask
+    visible = own if own.dtype == torch.bool else own > float("-inf")
+    logits = torch.zeros_like(own, dtype=query.dtype) if own.dtype == torch.bool else own.to(query.dtype)
+    logits = logits if bias is None else logits + bias.to(query.dtype)
+    empty = ~visible.any(-1, keepdim=True)
+    # A row with nothing to see is given every key and zeroed afterwards, so that neither value nor gradient is NaN.
+    logits = torch.where(visible, logits, float("-inf")).masked_fill(empty, 0)
+    # Example by example: their windows have one mask in common, which need not be repeated.
+    parts = zip(*(t.split(len(own)) for t in (query, key, value)), strict=True)
+    out = torch.cat([dense_attention(q, k, v, bias=logits, scale=scale, backend=backend) for q, k, v in parts])
+    if bool(empty.any()):
+        out = out.masked_fill(empty.repeat(len(query) // len(own), 1, 1, 1), 0)
+    return out
 
 
 def windowed_attention(
