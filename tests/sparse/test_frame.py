@@ -14,7 +14,7 @@ from regard.sparse import compose
 from regard.sparse.compensation import pooled_attention
 from regard.sparse.frame import ComposedSelector
 from regard.sparse.scoring import SCORES, BlockView
-from regard.sparse.selection import Threshold, TopK, TopP
+from regard.sparse.selection import Threshold, TopK, TopP, top_k_mask
 
 TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -88,6 +88,16 @@ def test_selections_combine() -> None:
     relative = Threshold(0.5)(scores)
     assert torch.equal(relative, shares >= 0.5 * shares.amax(-1, keepdim=True))
     assert torch.equal(Threshold(0.1, relative=False)(scores), scores >= 0.1)
+
+
+def test_rows_may_keep_numbers_of_their_own() -> None:
+    scores = torch.randn(2, 3, 7, dtype=torch.float64)
+    scores[0, 1, 2:] = float("-inf")
+    numbers = torch.tensor([0, 4, 9])[:, None]
+    kept = top_k_mask(scores, numbers)
+    for row, number in enumerate((0, 4, 9)):
+        assert torch.equal(kept[:, row], top_k_mask(scores[:, row], number))
+    assert kept.sum(-1).tolist() == [[0, 2, 7], [0, 4, 7]]
 
 
 def test_sinks_and_neighbours_are_always_kept() -> None:

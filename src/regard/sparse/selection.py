@@ -48,9 +48,16 @@ def settle_mask(request: Request, q_len: int, k_len: int) -> tuple[Mask | None, 
     return mask, keys
 
 
-def top_k_mask(scores: Tensor, top_k: int) -> Tensor:
-    """True for the ``top_k`` largest of each row (fewer where fewer are above ``-inf``)."""
+def top_k_mask(scores: Tensor, top_k: int | Tensor) -> Tensor:
+    """True for the ``top_k`` largest of each row (fewer where fewer are above ``-inf``).
+
+    ``top_k`` may be an integer tensor that broadcasts to ``scores``, a number for each row.
+    """
     chosen = torch.zeros_like(scores, dtype=torch.bool)
+    if isinstance(top_k, Tensor):
+        ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(scores.shape[-1], device=scores.device)
+        return chosen.scatter_(-1, order, (rank < top_k) & (ordered > float("-inf")))
     if top_k >= scores.shape[-1]:
         return scores > float("-inf")
     best = scores.topk(top_k, dim=-1)
