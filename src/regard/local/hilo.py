@@ -21,10 +21,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.errors import OptionError, ShapeError
 from regard.kernels import dense_attention
+from regard.layers.linear import TokenLinear
 from regard.local.windows import pad_to_windows, pool_windows, window_plan, windowed_attention
 from regard.mechanism import Layer
 from regard.registry import register
@@ -63,12 +64,12 @@ class HiLoAttention(Layer):
         self.hi_heads = num_heads - self.lo_heads
         self.hi_dim, self.lo_dim = self.hi_heads * self.head_dim, self.lo_heads * self.head_dim
         if self.hi_heads:
-            self.hi_qkv = nn.Linear(embed_dim, 3 * self.hi_dim, bias=qkv_bias)
-            self.hi_proj = nn.Linear(self.hi_dim, self.hi_dim)
+            self.hi_qkv = TokenLinear(embed_dim, 3 * self.hi_dim, bias=qkv_bias)
+            self.hi_proj = TokenLinear(self.hi_dim, self.hi_dim)
         if self.lo_heads:
-            self.lo_query = nn.Linear(embed_dim, self.lo_dim, bias=qkv_bias)
-            self.lo_key_value = nn.Linear(embed_dim, 2 * self.lo_dim, bias=qkv_bias)
-            self.lo_proj = nn.Linear(self.lo_dim, self.lo_dim)
+            self.lo_query = TokenLinear(embed_dim, self.lo_dim, bias=qkv_bias)
+            self.lo_key_value = TokenLinear(embed_dim, 2 * self.lo_dim, bias=qkv_bias)
+            self.lo_proj = TokenLinear(self.lo_dim, self.lo_dim)
 
     def extra_repr(self) -> str:
         return f"hi_heads={self.hi_heads}, lo_heads={self.lo_heads}, window={self.window}"

@@ -71,25 +71,19 @@ def window_reverse(windows: Tensor, window: int | Sequence[int], space: Sequence
     return x.reshape(x.shape[0], *space, x.shape[-1])
 
 
+_POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
 def pool_windows(x: Tensor, window: Sequence[int], count_filling: bool = False) -> Tensor:
-    """Mean of each window: ``(batch, *space, channels)`` -> ``(batch, windows, channels)``.
+    """Mean of each window: ``(batch, *space, channels)`` on one to three axes -> ``(batch, windows, channels)``.
 
     A window that sticks out is averaged over its real tokens, or with ``count_filling`` over zeros there as well.
     """
-    sides, batch = tuple(window), x.shape[0]
-    filled = pad_to_windows(x, sides)
-    counts = [length // side for length, side in zip(filled.shape[1:-1], sides, strict=True)]
-    total = filled.reshape(batch, *itertools.chain.from_iterable(zip(counts, sides, strict=True)), x.shape[-1])
-    # Axis by axis, from the last: sums of whole rows of channels are several times as fast as one sum over all axes.
-    for axis in range(2 * len(sides), 0, -2):
-        total = total.sum(axis)
-    number = torch.full((1,), math.prod(sides), device=x.device)
-    if not count_filling and filled.shape != x.shape:
-        number = number.new_ones(1)
-        for length, side, count in zip(x.shape[1:-1], sides, counts, strict=True):
-            own = (length - torch.arange(count, device=x.device) * side).clamp_max(side)
-            number = (number[:, None] * own).flatten()
-    return total.view(batch, -1, x.shape[-1]) / number[:, None]
+    if x.dim() - 2 not in _POOLS or len(window) != x.dim() - 2:
+        raise ShapeError(f"Windows {tuple(window)} are no windows of a map {tuple(x.shape)} of one to three axes.")
+    filled = pad_to_windows(x, window) if count_filling else x
+    pooled = _POOLS[x.dim() - 2](filled.movedim(-1, 1), tuple(window), ceil_mode=True)
+    return pooled.flatten(2).transpose(1, 2)
 
 
 def halo_gather(x: Tensor, block: int | Sequence[int], halo: int | Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -140,6 +134,7 @@ class WindowPlan:
     ``inverse`` ``(length,)``: the place of each token among all windows'. ``region`` ``(windows, n)``: tokens of one
     window that were neighbours before the shift have the same number. ``window``: its sides. ``visible``
     ``(windows, n, n)``: True for real keys of the query's own region; None if all pairs are. ``whole``: no filling.
+    ``grid``: sides of the map. ``plain``: neither filling nor shift.
     """
 
     token: Tensor
@@ -149,6 +144,8 @@ class WindowPlan:
     window: tuple[int, ...]
     visible: Tensor | None
     whole: bool
+    grid: tuple[int, ...]
+    plain: bool
 
     @property
     def pairs(self) -> int:
@@ -157,6 +154,9 @@ class WindowPlan:
 
     def apply(self, x: Tensor) -> Tensor:
         """``(batch, heads, length, dim)`` -> ``(batch * windows, heads, n, dim)``; filling is zeros."""
+        if self.plain:
+            cut = window_partition(x.transpose(1, 2).flatten(2).unflatten(1, self.grid), self.window)
+            return cut.flatten(1, -2).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
         # Heads stay beside their channels: a token is copied as one piece, and once.
         taken = x.transpose(1, 2).index_select(1, self.token.flatten())
         if not self.whole:
@@ -166,6 +166,9 @@ class WindowPlan:
     def undo(self, windows: Tensor) -> Tensor:
         """``(batch * windows, heads, n, dim)`` -> ``(batch, heads, length, dim)``."""
         heads, dim = windows.shape[1], windows.shape[-1]
+        if self.plain:
+            whole = window_reverse(windows.transpose(1, 2).flatten(2), self.window, self.grid)
+            return whole.flatten(1, -2).unflatten(-1, (heads, dim)).transpose(1, 2)
         x = windows.transpose(1, 2).reshape(-1, self.token.numel(), heads, dim)
         return x.index_select(1, self.inverse).transpose(1, 2)
 
@@ -202,7 +205,7 @@ def window_plan(
     visible = None if whole else valid[:, None].expand(-1, inner, -1)
     if apart:
         visible = (region[:, :, None] == region[:, None]) & valid[:, None]
-    return WindowPlan(token, valid, inverse, region, window, visible, whole)
+    return WindowPlan(token, valid, inverse, region, window, visible, whole, grid, whole and not any(shift))
 
 
 def dense_windows(

@@ -129,7 +129,7 @@ def run(report: Callable[[str], None]) -> Finding:
         "24 map with the colour of one far marker (four colours, chance 0.25), two passes are right on over 95 % of "
         "the pixels on the marker's row and column and of those elsewhere, and one pass on the former alone (below 50 "
         "% elsewhere), for each of two seeds. The non-local block keeps all its weights, as in the paper's comparison. "
-        "Times are of one thread: with several, on a processor shared with other work, the short calls of a pass wait for "
-        "each other and the ratio is no longer one of the methods. The mIoU figures need the data sets and a "
+        "Times are of one thread: with several, on a processor shared with other work, the short calls of a pass wait "
+        "for each other and the ratio is no longer one of the methods. The mIoU figures need the data sets and a "
         "pretrained backbone.",
     )

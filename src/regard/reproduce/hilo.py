@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from regard.bench.measure import interleaved, median_ratio
 from regard.kernels import dense_attention
+from regard.layers.linear import TokenLinear
 from regard.local.hilo import HiLoAttention
 from regard.local.windows import window_plan, windowed_attention
 from regard.reproduce.finding import Finding
@@ -18,13 +19,14 @@ SIDE, CHANNELS, HEADS, BATCH = 14, 384, 12, 32
 
 
 class Rival(nn.Module):
-    """The rivals, on the same executor. window: 0 is global. reduce: shorten keys and values by a convolution."""
+    """The rivals, on the same executor. window: 0 is global. reduce: shorten keys and values by a convolution. linear:
+    the layer that they project by, HiLo's own or torch's."""
 
-    def __init__(self, window: int = 0, reduce: int = 1) -> None:
+    def __init__(self, window: int = 0, reduce: int = 1, linear: type[nn.Linear] = TokenLinear) -> None:
         super().__init__()
         self.window, self.reduce = window, reduce
-        self.query, self.key_value = nn.Linear(CHANNELS, CHANNELS), nn.Linear(CHANNELS, 2 * CHANNELS)
-        self.proj = nn.Linear(CHANNELS, CHANNELS)
+        self.query, self.key_value = linear(CHANNELS, CHANNELS), linear(CHANNELS, 2 * CHANNELS)
+        self.proj = linear(CHANNELS, CHANNELS)
         if reduce > 1:
             self.shorten = nn.Conv2d(CHANNELS, CHANNELS, reduce, stride=reduce)
             self.norm = nn.LayerNorm(CHANNELS)
