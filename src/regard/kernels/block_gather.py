@@ -6,12 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regard.kernels.block_plan import Group, Plan, plan_of
 from regard.kernels.score_bias import TableBias
-from regard.kernels.shapes import accumulation_dtype
+from regard.kernels.shapes import accumulation_dtype, cut_blocks, take_blocks
 from regard.layout import BlockLayout
 
 __all__ = ["GatheredBlocks"]
@@ -20,13 +19,6 @@ __all__ = ["GatheredBlocks"]
 def _area(device: torch.device) -> int:
     """Pairs of one group: on a CPU its scores stay in the cache of each core between the two products."""
     return (1 << 18) * torch.get_num_threads() if device.type == "cpu" else 1 << 24
-
-
-def _blocks(tensor: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """``(batch, heads, length, dim)`` -> ``(all blocks, block, dim)``, zeros after the end."""
-    short = -tensor.shape[2] % block
-    padded = F.pad(tensor, (0, 0, 0, short)) if short else tensor
-    return padded.to(dtype).reshape(-1, block, tensor.shape[-1])
 
 
 def _scores(
@@ -58,10 +50,6 @@ def _entries(layout: BlockLayout, group: Group, heads: int, bias: TableBias | No
     return entries + (head * bias.table.shape[1])[:, None, None]
 
 
-def _take(blocks: Tensor, index: Tensor) -> Tensor:
-    return blocks.index_select(0, index.flatten()).view(len(index), -1, blocks.shape[-1])
-
-
 class GatheredBlocks(torch.autograd.Function):
     """Forward keeps the output and the log-sum-exp; backward forms the scores again, group by group."""
 
@@ -77,18 +65,18 @@ class GatheredBlocks(torch.autograd.Function):
         bias: TableBias | None,
     ) -> tuple[Tensor, Tensor]:
         work, (batch, heads, q_len, _) = accumulation_dtype(query.dtype), query.shape
-        queries = _blocks(query, layout.block_q, work) * scale
-        keys, values = _blocks(key, layout.block_k, work), _blocks(value, layout.block_k, work)
+        queries = cut_blocks(query, layout.block_q, work) * scale
+        keys, values = cut_blocks(key, layout.block_k, work), cut_blocks(value, layout.block_k, work)
         out = queries.new_zeros(*queries.shape[:2], value.shape[-1])
         lse = queries.new_full(queries.shape[:2], float("-inf"))
         plan, added = plan_of(layout), queries.new_empty(0) if table is None else table.to(work)
         for group in plan.groups(layout, batch, heads, key.shape[1], _area(query.device)):
             entries = _entries(layout, group, heads, bias)
-            scores = _scores(layout, plan, group, queries[group.queries], _take(keys, group.keys), entries, added)
+            scores = _scores(layout, plan, group, queries[group.queries], take_blocks(keys, group.keys), entries, added)
             top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(work).min)
             weights = scores.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
-            part = weights @ _take(values, group.keys)
+            part = weights @ take_blocks(values, group.keys)
             out[group.queries] = part.div_(torch.where(total > 0, total, 1))
             lse[group.queries] = torch.where(total > 0, top + total.log(), float("-inf"))[..., 0]
         out = out.view(batch, heads, -1, value.shape[-1])[:, :, :q_len].to(query.dtype)
@@ -102,12 +90,12 @@ class GatheredBlocks(torch.autograd.Function):
         query, key, value, out, lse, table = ctx.saved_tensors
         layout: BlockLayout = ctx.layout
         work, (batch, heads) = lse.dtype, query.shape[:2]
-        queries = _blocks(query, layout.block_q, work) * ctx.scale
-        keys, values = _blocks(key, layout.block_k, work), _blocks(value, layout.block_k, work)
-        grads = _blocks(grad_out, layout.block_q, work)
+        queries = cut_blocks(query, layout.block_q, work) * ctx.scale
+        keys, values = cut_blocks(key, layout.block_k, work), cut_blocks(value, layout.block_k, work)
+        grads = cut_blocks(grad_out, layout.block_q, work)
         delta = (grad_out.to(work) * out.to(work)).sum(-1) - grad_lse
-        deltas = _blocks(delta[..., None], layout.block_q, work)
-        lses = _blocks(torch.where(lse.isfinite(), lse, 0)[..., None], layout.block_q, work)
+        deltas = cut_blocks(delta[..., None], layout.block_q, work)
+        lses = cut_blocks(torch.where(lse.isfinite(), lse, 0)[..., None], layout.block_q, work)
         grad_queries = torch.zeros_like(queries)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         plan, added = plan_of(layout), queries.new_empty(0) if table is None else table.to(work)
@@ -115,7 +103,7 @@ class GatheredBlocks(torch.autograd.Function):
         for group in plan.groups(layout, batch, heads, key.shape[1], _area(query.device)):
             entries = _entries(layout, group, heads, ctx.bias)
             queries_here, grads_here = queries[group.queries], grads[group.queries]
-            keys_here, values_here = _take(keys, group.keys), _take(values, group.keys)
+            keys_here, values_here = take_blocks(keys, group.keys), take_blocks(values, group.keys)
             scores = _scores(layout, plan, group, queries_here, keys_here, entries, added)
             weights = scores.sub_(lses[group.queries]).exp_()
             flat = group.keys.flatten()

@@ -15,7 +15,7 @@ from torch import Tensor
 from regard.kernels.score_bias import TableBias
 from regard.layout import BlockLayout
 
-__all__ = ["Codes", "Group", "Plan", "codes_of", "fingerprints", "plan_of"]
+__all__ = ["Codes", "Group", "Pictures", "Plan", "codes_of", "plan_of"]
 
 # Masks inside partial blocks are kept when they take at most this many bytes, else evaluated a stretch at a time.
 _KEPT = 1 << 25
@@ -84,8 +84,7 @@ class Plan:
 
     def visible(self, layout: BlockLayout, tiles: Tensor | None = None) -> Tensor:
         """Boolean ``(masks, block_q, block_k)``: the pairs seen in these distinct masks (None: in all)."""
-        area = layout.block_q * layout.block_k
-        if self._kept is None and self.places.shape[1] * area <= _KEPT:
+        if self._kept is None and self.places.shape[1] * layout.block_q * layout.block_k <= _KEPT:
             self._kept = _evaluate(layout, self.places)
         if self._kept is not None:
             return self._kept if tiles is None else self._kept.index_select(0, tiles)
@@ -130,19 +129,41 @@ class Plan:
             start = stop
 
 
-def fingerprints(rows: Tensor, seed: int = 0) -> Tensor:
+def _fingerprints(rows: Tensor) -> Tensor:
     """A 64-bit number per row of integers or booleans ``(rows, ...)``, equal for equal rows and else all but surely
     different: a random linear form modulo 2^64."""
     flat = rows.flatten(1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     weights = torch.randint(-(1 << 62), 1 << 62, (flat.shape[1],), generator=generator).to(flat.device)
     return torch.cat([(part * weights).sum(-1) for part in flat.split(max(_EVALUATED // flat.shape[1], 1))])
+
+
+@dataclass
+class Pictures:
+    """Rows of integers ``(rows, ...)`` that come in stretches, each different one kept once, as int32."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    _numbers: dict[int, int] = field(default_factory=dict)
+
+    def add(self, rows: Tensor) -> list[int]:
+        """Which of the kept rows each of these is."""
+        numbers = _fingerprints(rows).tolist()
+        for number, row in zip(numbers, rows, strict=True):
+            if number not in self._numbers:
+                self._numbers[number] = len(self.rows)
+                self.rows.append(row.to(torch.int32))
+        return [self._numbers[number] for number in numbers]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of what is kept."""
+        return 4 * len(self.rows) * self.rows[0].numel() if self.rows else 0
 
 
 def _distinct(layout: BlockLayout, places: Tensor) -> tuple[Tensor, Tensor]:
     """The places of masks that differ, and for each place which of those has its mask."""
     step = max(_EVALUATED // (layout.block_q * layout.block_k), 1)
-    prints = torch.cat([fingerprints(_seen(layout, part)) for part in places.split(step, 1)])
+    prints = torch.cat([_fingerprints(_seen(layout, part)) for part in places.split(step, 1)])
     distinct, alike = prints.unique(return_inverse=True)
     first = torch.full_like(distinct, len(prints)).scatter_reduce_(
         0, alike, torch.arange(len(prints), device=prints.device), "amin"
@@ -208,8 +229,7 @@ def _coded(layout: BlockLayout, bias: TableBias) -> Codes | None:
     plan, (nq, area) = plan_of(layout), (layout.visit.shape[2], layout.block_q * layout.block_k)
     rows = torch.arange(nq, device=plan.starts.device).repeat_interleave(plan.starts.diff())
     tiles: list[int] = []
-    known: dict[int, int] = {}
-    found: list[Tensor] = []
+    pictures = Pictures()
     step = max(_EVALUATED // area, 1)
     for q_block, k_block in zip(rows.split(step), plan.columns.long().split(step), strict=True):
         zero = torch.zeros_like(q_block)
@@ -217,14 +237,7 @@ def _coded(layout: BlockLayout, bias: TableBias) -> Codes | None:
         query = q_block[:, None, None] * layout.block_q + torch.arange(layout.block_q, device=zero.device)[:, None]
         key = k_block[:, None, None] * layout.block_k + torch.arange(layout.block_k, device=zero.device)
         places = bias.entries(query.clamp_max(layout.q_len - 1), key.clamp_max(layout.k_len - 1))
-        places = torch.where(seen, places, -1)
-        for number, place in zip(fingerprints(places).tolist(), places, strict=True):
-            if number not in known:
-                known[number] = len(found)
-                found.append(place.to(torch.int32))
-                if 4 * len(found) * area > _KEPT:
-                    return None
-            tiles.append(known[number])
-    if not found:
-        return None
-    return Codes(torch.tensor(tiles, dtype=torch.int32), torch.stack(found))
+        tiles += pictures.add(torch.where(seen, places, -1))
+        if pictures.bytes > _KEPT:
+            return None
+    return Codes(torch.tensor(tiles, dtype=torch.int32), torch.stack(pictures.rows)) if tiles else None

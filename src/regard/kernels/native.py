@@ -101,8 +101,9 @@ def worthwhile(query: Tensor, value: Tensor, layout: BlockLayout, bias: TableBia
     plan = plan_of(layout)
     blocks = len(plan.columns) * (query.shape[0] * query.shape[1] / (plan.batch * plan.heads))
     work = blocks * layout.block_q * layout.block_k * 2 * (query.shape[-1] + value.shape[-1])
-    fits = work >= _USE and (bias is None or codes_of(layout, bias) is not None)
-    return fits and available(build=work >= _BUILD)
+    if work < _USE or not available(build=work >= _BUILD):
+        return False
+    return bias is None or codes_of(layout, bias) is not None
 
 
 def require() -> ctypes.CDLL:

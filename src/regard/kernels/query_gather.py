@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.kernels.shapes import accumulation_dtype
+from regard.kernels.shapes import accumulation_dtype, cut_blocks, take_blocks
 from regard.layout import BlockLayout
 from regard.masks import Causal
 
@@ -109,7 +109,7 @@ class _Plan:
 
     def scores(self, group: _Group, queries: Tensor, keys: Tensor, space: Tensor) -> Tensor:
         """Masked scores ``(rows, slots * block_q, block_k)``, written to ``space``; queries are already scaled."""
-        rows = _take(queries, group.queries)
+        rows = take_blocks(queries, group.queries)
         area = space[: rows.shape[0] * rows.shape[1] * keys.shape[1]].view(*rows.shape[:2], -1)
         scores = torch.bmm(rows, keys.index_select(0, group.keys).transpose(-1, -2), out=area)
         if group.masked:
@@ -128,7 +128,7 @@ class _Plan:
         if group.masked and not self._square(group):
             return False
         out, row_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _take(queries, group.queries)[:, None],
+            take_blocks(queries, group.queries)[:, None],
             keys.index_select(0, group.keys)[:, None],
             values.index_select(0, group.keys)[:, None],
             0.0,
@@ -165,19 +165,6 @@ class _Plan:
         )
 
 
-def _blocks(tensor: Tensor, block: int, dtype: torch.dtype, spare: int = 0) -> Tensor:
-    """``(batch, heads, length, dim)`` -> ``(all blocks + spare, block, dim)``, zeros after the ends."""
-    short = -tensor.shape[2] % block
-    padded = F.pad(tensor, (0, 0, 0, short)) if short else tensor
-    flat = padded.to(dtype).reshape(-1, block, tensor.shape[-1])
-    return F.pad(flat, (0, 0, 0, 0, 0, spare)) if spare else flat
-
-
-def _take(blocks: Tensor, index: Tensor) -> Tensor:
-    """Rows of blocks: ``(rows, slots)`` -> ``(rows, slots * block, dim)``."""
-    return blocks.index_select(0, index.flatten()).view(len(index), -1, blocks.shape[-1])
-
-
 class MergedBlocks(torch.autograd.Function):
     """Forward keeps the output and the log-sum-exp; backward forms the scores again, group by group."""
 
@@ -187,8 +174,8 @@ class MergedBlocks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         work, (batch, heads, q_len, _) = accumulation_dtype(query.dtype), query.shape
         value_dim = value.shape[-1]
-        queries = _blocks(query, layout.block_q, work, spare=1) * scale
-        keys, values = _blocks(key, layout.block_k, work), _blocks(value, layout.block_k, work)
+        queries = cut_blocks(query, layout.block_q, work, spare=1) * scale
+        keys, values = cut_blocks(key, layout.block_k, work), cut_blocks(value, layout.block_k, work)
         rows, block = queries.shape[:2]
         out, lse = queries.new_zeros(rows, block, value_dim), queries.new_full((rows, block), float("-inf"))
         plan = _Plan(layout, batch, heads, key.shape[1])
@@ -227,13 +214,13 @@ class MergedBlocks(torch.autograd.Function):
         layout: BlockLayout = ctx.layout
         work, (batch, heads, _, head_dim) = lse.dtype, query.shape
         block = layout.block_q
-        queries = _blocks(query, block, work, spare=1) * ctx.scale
-        keys, values = _blocks(key, layout.block_k, work), _blocks(value, layout.block_k, work)
-        grads = _blocks(grad_out, block, work, spare=1)
+        queries = cut_blocks(query, block, work, spare=1) * ctx.scale
+        keys, values = cut_blocks(key, layout.block_k, work), cut_blocks(value, layout.block_k, work)
+        grads = cut_blocks(grad_out, block, work, spare=1)
         delta = (grad_out.to(work) * out.to(work)).sum(-1) - grad_lse
-        deltas = _blocks(delta[..., None], block, work, spare=1)
+        deltas = cut_blocks(delta[..., None], block, work, spare=1)
         # A row that sees nothing, or stands for none, gets an infinite log-sum-exp: its weights are zeros.
-        lses = _blocks(torch.where(lse.isfinite(), lse, float("inf"))[..., None], block, work, spare=1)
+        lses = cut_blocks(torch.where(lse.isfinite(), lse, float("inf"))[..., None], block, work, spare=1)
         lses[-1] = float("inf")
         grad_queries = torch.zeros_like(queries)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
@@ -243,13 +230,13 @@ class MergedBlocks(torch.autograd.Function):
             space = queries.new_empty(2, plan.area(groups))
             for group in groups:
                 member = group.queries.flatten()
-                queries_here, grads_here = _take(queries, group.queries), _take(grads, group.queries)
+                queries_here, grads_here = take_blocks(queries, group.queries), take_blocks(grads, group.queries)
                 keys_here, values_here = keys.index_select(0, group.keys), values.index_select(0, group.keys)
-                weights = plan.scores(group, queries, keys, space[0]).sub_(_take(lses, group.queries)).exp_()
+                weights = plan.scores(group, queries, keys, space[0]).sub_(take_blocks(lses, group.queries)).exp_()
                 grad_values.index_add_(0, group.keys, weights.transpose(-1, -2) @ grads_here)
                 slope = space[1, : weights.numel()].view(weights.shape)
                 torch.bmm(grads_here, values_here.transpose(-1, -2), out=slope)
-                slope.sub_(_take(deltas, group.queries)).mul_(weights)
+                slope.sub_(take_blocks(deltas, group.queries)).mul_(weights)
                 grad_queries.index_add_(0, member, (slope @ keys_here).view(-1, block, head_dim))
                 grad_keys.index_add_(0, group.keys, slope.transpose(-1, -2) @ queries_here)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "expand_groups", "fold_groups", "score_scale"]
+__all__ = ["accumulation_dtype", "cut_blocks", "expand_groups", "fold_groups", "score_scale", "take_blocks"]
 
 
 def score_scale(query: Tensor, scale: float | None) -> float:
@@ -30,3 +31,16 @@ def fold_groups(tensor: Tensor, kv_heads: int) -> Tensor:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half precision accumulates in float32; float32 and float64 in themselves."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def cut_blocks(tensor: Tensor, block: int, dtype: torch.dtype, spare: int = 0) -> Tensor:
+    """``(batch, heads, length, dim)`` -> ``(all blocks + spare, block, dim)``, zeros after the ends."""
+    short = -tensor.shape[2] % block
+    padded = F.pad(tensor, (0, 0, 0, short)) if short else tensor
+    flat = padded.to(dtype).reshape(-1, block, tensor.shape[-1])
+    return F.pad(flat, (0, 0, 0, 0, 0, spare)) if spare else flat
+
+
+def take_blocks(blocks: Tensor, index: Tensor) -> Tensor:
+    """Rows of blocks: ``(rows, slots)`` of ``(all blocks, block, dim)`` -> ``(rows, slots * block, dim)``."""
+    return blocks.index_select(0, index.flatten()).view(len(index), -1, blocks.shape[-1])

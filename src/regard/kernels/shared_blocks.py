@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.errors import BackendError
-from regard.kernels.block_plan import fingerprints
+from regard.kernels.block_plan import Pictures
 from regard.kernels.score_bias import TableBias
 from regard.kernels.shapes import accumulation_dtype, expand_groups, fold_groups
 from regard.layout import BlockLayout
@@ -123,9 +123,7 @@ def _made(layout: BlockLayout, bias: TableBias | None) -> _Plan | None:
         rows = (counts == count).nonzero()[:, 0]
         keys = visit[rows].to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :count]
         step = max(_EVALUATED // (layout.block_q * count * layout.block_k), 1)
-        pictures: list[Tensor] = []
-        known: dict[int, int] = {}
-        picture = []
+        pictures, picture = Pictures(), []
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             codes = _codes(layout, bias, rows[part], keys[part])
@@ -133,17 +131,13 @@ def _made(layout: BlockLayout, bias: TableBias | None) -> _Plan | None:
             blind[rows[part]] = nothing
             # A row with nothing to see is given every key and zeroed afterwards, so that nothing is ever NaN.
             codes.masked_fill_(nothing[..., None], 0)
-            for number, code in zip(fingerprints(codes).tolist(), codes, strict=True):
-                if number not in known:
-                    known[number] = len(pictures)
-                    pictures.append(code.to(torch.int32))
-                    spent += 4 * code.numel()
-                picture.append(known[number])
-            if spent > _KEPT:
+            picture += pictures.add(codes)
+            if spent + pictures.bytes > _KEPT:
                 return None
+        spent += pictures.bytes
         found = torch.tensor(picture, device=device)
         order = found.argsort(stable=True)
-        plan += _masked_apart(_Rows(rows[order], keys[order], torch.stack(pictures), found[order]), bias is None)
+        plan += _masked_apart(_Rows(rows[order], keys[order], torch.stack(pictures.rows), found[order]), bias is None)
     hidden = blind.flatten()[: layout.q_len]
     return _Plan(plan, hidden if bool(hidden.any()) else None)
 

@@ -23,9 +23,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regard.errors import OptionError, ShapeError
+from regard.errors import OptionError
 from regard.kernels import dense_attention
 from regard.layers.linear import TokenLinear
+from regard.layers.maps import map_of, merge_heads, space_of, split_heads
 from regard.local.windows import pad_to_windows, pool_windows, window_plan, windowed_attention
 from regard.mechanism import Layer
 from regard.registry import register
@@ -81,27 +82,27 @@ class HiLoAttention(Layer):
 
     def hifi(self, x: Tensor, grid: Sequence[int] | None) -> Tensor:
         """The fine branch, ``(batch, length, hi_dim)``."""
-        height, width = self._space(x, grid)
+        height, width = space_of(x, grid)
         sides = (self.window, self.window)
         image = x.unflatten(1, (height, width))
         if self.official:
             # The release fills the map up before it projects, so filling has the biases as query, key and value.
             image = pad_to_windows(image, sides)
         extent = (image.shape[1], image.shape[2])
-        query, key, value = self._split(self.hi_qkv(image.flatten(1, 2)), 3)
+        query, key, value = split_heads(self.hi_qkv(image.flatten(1, 2)), self.hi_heads, 3)
         out = windowed_attention(query, key, value, window_plan(extent, sides, (0, 0), x.device))
-        kept = out.transpose(1, 2).flatten(2).unflatten(1, extent)[:, :height, :width]
+        kept = merge_heads(out).unflatten(1, extent)[:, :height, :width]
         merged: Tensor = self.hi_proj(kept.flatten(1, 2))
         return merged
 
     def lofi(self, x: Tensor, grid: Sequence[int] | None) -> Tensor:
         """The coarse branch, ``(batch, length, lo_dim)``."""
-        space = self._space(x, grid)
+        space = space_of(x, grid)
         pooled = x if self.window == 1 else pool_windows(x.unflatten(1, space), (self.window,) * 2, self.official)
-        (query,) = self._split(self.lo_query(x), 1)
-        key, value = self._split(self.lo_key_value(pooled), 2)
+        (query,) = split_heads(self.lo_query(x), self.lo_heads)
+        key, value = split_heads(self.lo_key_value(pooled), self.lo_heads, 2)
         out = dense_attention(query, key, value)
-        merged: Tensor = self.lo_proj(out.transpose(1, 2).flatten(2))
+        merged: Tensor = self.lo_proj(merge_heads(out))
         return merged
 
     def flops(self, height: int, width: int) -> int:
@@ -122,16 +123,7 @@ class HiLoAttention(Layer):
         found = {}
         for name, part, heads in (("hi", self.hifi, self.hi_heads), ("lo", self.lofi, self.lo_heads)):
             if heads:
-                maps = part(x, grid).transpose(1, 2).unflatten(2, self._space(x, grid))
+                maps = map_of(part(x, grid), space_of(x, grid))
                 spectrum = torch.fft.fft2(maps.to(torch.float64)).abs().mean((0, 1))
                 found[name] = torch.fft.fftshift(spectrum.clamp_min(torch.finfo(torch.float64).tiny).log())
         return found
-
-    def _space(self, x: Tensor, grid: Sequence[int] | None) -> tuple[int, int]:
-        if grid is None or len(grid) != 2 or grid[0] * grid[1] != x.shape[1]:
-            raise ShapeError(f"hilo needs grid=(height, width) with height * width = {x.shape[1]}, got {grid}.")
-        return grid[0], grid[1]
-
-    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """``(batch, length, parts * heads * head_dim)`` -> that many ``(batch, heads, length, head_dim)``."""
-        return tuple(t.transpose(1, 2) for t in x.unflatten(-1, (parts, -1, self.head_dim)).unbind(2))

@@ -39,7 +39,7 @@ from regard.kernels.tiled import TileStats, tiled_attention
 from regard.layout import BlockLayout, num_blocks
 from regard.mechanism import Request, SparseMechanism
 from regard.registry import register
-from regard.sparse.scoring import block_has, grouped_scores, per_kv_head, pool_blocks
+from regard.sparse.scoring import BlockView, grouped_scores, per_kv_head, pool_blocks
 from regard.sparse.selection import settle_mask, top_k_mask, top_p_mask
 
 __all__ = [
@@ -121,10 +121,9 @@ def sparge_block_mask(
     if official and k_len % block_k:
         trusted_k[..., -1] = False
     trusted_q = block_self_similarity(query, block_q)[..., None] > bar
-    visible = layout.visit
-    if keys is not None:
-        visible = visible & block_has(keys, block_k)[:, :, None]
-    scores = grouped_scores(q_means, k_means) * score_scale(query, scale)
+    view = BlockView(layout, keys, causal, score_scale(query, scale))
+    visible = view.seen
+    scores = grouped_scores(q_means, k_means) * view.scale
     scores = scores.masked_fill(~(visible & trusted_k), float("-inf"))
     if ratio is not None:
         chosen = top_k_mask(scores, max(int(ratio * scores.shape[-1]), 1))
@@ -137,10 +136,7 @@ def sparge_block_mask(
     if sink:
         chosen[..., 0] = True
     if causal and not official:
-        first = torch.arange(num_blocks(q_len, block_q), device=query.device) * block_q + (k_len - q_len)
-        last = (first + block_q - 1).clamp_max(k_len - 1)
-        start = torch.arange(num_blocks(k_len, block_k), device=query.device) * block_k
-        chosen |= (start <= last[:, None]) & (start + block_k > first[:, None])
+        chosen |= view.nearest(1)
     return chosen & visible
 
 
