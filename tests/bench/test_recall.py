@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regard.bench.recall import PairedRecall
+from regard.bench.recall import PairedRecall, recall_accuracy
 from regard.errors import OptionError
 
 
@@ -34,3 +34,11 @@ def test_same_generator_same_batch() -> None:
 def test_sizes_must_fit() -> None:
     with pytest.raises(OptionError):
         PairedRecall(length=64, pairs=20, keys=16)
+
+
+def test_rivals_are_trained_from_one_seed() -> None:
+    task, told = PairedRecall(32, pairs=2, keys=4, values=4, memory=8), []
+    rivals = {"a": ("full", {}), "b": ("full", {}), "c": ("sliding_window", {"window": 2, "sinks": 0})}
+    found = recall_accuracy(task, rivals, told.append, steps=2, batches=1)
+    assert list(found) == ["a", "b", "c"] and len(told) == 3
+    assert found["a"] == found["b"] and all(0 <= accuracy <= 1 for accuracy in found.values())

@@ -110,6 +110,17 @@ def test_sinks_and_neighbours_are_always_kept() -> None:
         assert int(layout.visit[:, :, i].sum(-1).max()) <= len(wanted) + 1
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("block_q", "block_k", "local"), [(16, 4, 1), (8, 8, 2), (4, 8, 3), (12, 8, 2), (8, 4, 0)])
+def test_no_row_visits_more_blocks_than_the_cost_allows(block_q: int, block_k: int, local: int, causal: bool) -> None:
+    query, key, _ = qkv(96)
+    module = compose(select=TopK(1), sinks=1, local=local, block_q=block_q, block_k=block_k)
+    for q in (query, query[:, :, -31:]):
+        layout = module.select(q, key, module.request(q, key, key, causal=causal))
+        count = layout.visit.shape[-1]
+        assert int(layout.visit.sum(-1).max()) <= module.most_blocks(count) <= count
+
+
 def test_a_users_own_steps() -> None:
     query, key, value = qkv(32)
     stripes = compose(

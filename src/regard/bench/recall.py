@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.bench.training import evaluate, fit
 from regard.errors import OptionError
+from regard.models.sequence import SequenceModel
 
-__all__ = ["PairedRecall"]
+__all__ = ["PairedRecall", "recall_accuracy"]
 
 IGNORED = -100
 
@@ -58,3 +63,31 @@ class PairedRecall:
         """Right answers, and their number."""
         counted = targets != IGNORED
         return float((outputs.argmax(-1) == targets)[counted].sum()), int(counted.sum())
+
+
+def recall_accuracy(
+    task: PairedRecall,
+    rivals: Mapping[str, tuple[str, Mapping[str, Any]]],
+    report: Callable[[str], None],
+    *,
+    steps: int,
+    num_heads: int = 2,
+    batches: int = 4,
+) -> dict[str, float]:
+    """Accuracy on far pairs of small models that differ in their mechanism (a name and its options) alone."""
+    found = {}
+    for name, (mechanism, options) in rivals.items():
+        torch.manual_seed(0)
+        model = SequenceModel(
+            task.num_classes,
+            input_dim=task.input_dim,
+            embed_dim=64,
+            num_heads=num_heads,
+            mechanism=mechanism,
+            options=dict(options),
+            positions="none",
+        )
+        fit(model, task, steps=steps, batch_size=8, lr=5e-3)
+        found[name] = evaluate(model, task, batches=batches, batch_size=32)[1]
+        report(f"{name}: accuracy on far pairs {found[name]:.4f}")
+    return found

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
-from regard.bench.recall import PairedRecall
-from regard.bench.training import evaluate, fit
+from regard.bench.recall import PairedRecall, recall_accuracy
 from regard.cost import AttentionShape
-from regard.models.sequence import SequenceModel
 from regard.reproduce.finding import Finding
 from regard.sparse.dynamic_mask_attention import DynamicMask
 
@@ -23,21 +19,9 @@ RIVALS = {
 
 def run(report: Callable[[str], None]) -> Finding:
     """Train the three for the same steps; count cache bytes and operations."""
-    task, measured = PairedRecall(LENGTH, pairs=8, keys=16, values=8, memory=LENGTH // 4), {}
-    for name, (mechanism, options) in RIVALS.items():
-        torch.manual_seed(0)
-        model = SequenceModel(
-            task.num_classes,
-            input_dim=task.input_dim,
-            embed_dim=64,
-            num_heads=2,
-            mechanism=mechanism,
-            options=options,
-            positions="none",
-        )
-        fit(model, task, steps=STEPS, batch_size=8, lr=5e-3)
-        measured[f"far_recall_accuracy_{name}"] = evaluate(model, task, batches=4, batch_size=32)[1]
-        report(f"{name}: accuracy on pairs beyond the window {measured[f'far_recall_accuracy_{name}']:.3f}")
+    task = PairedRecall(LENGTH, pairs=8, keys=16, values=8, memory=LENGTH // 4)
+    found = recall_accuracy(task, RIVALS, report, steps=STEPS)
+    measured = {f"far_recall_accuracy_{name}": accuracy for name, accuracy in found.items()}
     shape = AttentionShape(LENGTH, LENGTH, 2, 32, causal=True)
     cache = 2 * LENGTH * 2 * 32 * 4
     measured["cache_bytes_over_full"] = DynamicMask(2, 32, keep=KEEP).cost(shape).state_bytes / cache

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.bench.recall import PairedRecall
+from regard.bench.recall import PairedRecall, recall_accuracy
 from regard.bench.tasks import StdlibText
 from regard.bench.training import evaluate, fit
 from regard.models.sequence import SequenceModel
@@ -27,22 +27,9 @@ RIVALS = {
 
 def far_recall(report: Callable[[str], None]) -> dict[str, float]:
     """Accuracy on queries at least a quarter of the sequence behind the memory, further than the window reaches."""
-    task, found = PairedRecall(LENGTH, pairs=8, keys=16, values=8, memory=LENGTH // 4), {}
-    for name, (mechanism, options) in RIVALS.items():
-        torch.manual_seed(0)
-        model = SequenceModel(
-            task.num_classes,
-            input_dim=task.input_dim,
-            embed_dim=64,
-            num_heads=2,
-            mechanism=mechanism,
-            options=options,
-            positions="none",
-        )
-        fit(model, task, steps=STEPS, batch_size=8, lr=5e-3)
-        found[f"far_recall_accuracy_{name}"] = evaluate(model, task, batches=4, batch_size=32)[1]
-        report(f"{name}: accuracy on far pairs {found[f'far_recall_accuracy_{name}']:.3f}")
-    return found
+    task = PairedRecall(LENGTH, pairs=8, keys=16, values=8, memory=LENGTH // 4)
+    found = recall_accuracy(task, RIVALS, report, steps=STEPS)
+    return {f"far_recall_accuracy_{name}": accuracy for name, accuracy in found.items()}
 
 
 def hybrid(report: Callable[[str], None], steps: int = 60) -> dict[str, float]:

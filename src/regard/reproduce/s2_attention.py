@@ -10,13 +10,11 @@ from typing import Any
 import torch
 
 from regard.bench.measure import interleaved, median_ratio
-from regard.bench.recall import PairedRecall
-from regard.bench.training import evaluate, fit
+from regard.bench.recall import PairedRecall, recall_accuracy
 from regard.kernels import block_sparse_attention
 from regard.layout import BlockLayout
 from regard.local.s2_attention import S2Attention, coverage, local_stride_pattern
 from regard.masks import Causal
-from regard.models.sequence import SequenceModel
 from regard.reproduce.finding import Finding
 
 LENGTH, BLOCK, HEADS, STEPS = 512, 16, 4, 500
@@ -31,22 +29,9 @@ LONG, LOCAL, STRIDE = 4096, 4, 8
 
 def recall(report: Callable[[str], None]) -> dict[str, float]:
     """Accuracy on pairs in the first quarter of 512 tokens, asked for in the second half."""
-    task, found = PairedRecall(LENGTH, pairs=16, keys=16, values=8, memory=LENGTH // 4), {}
-    for name, (mechanism, options) in RIVALS.items():
-        torch.manual_seed(0)
-        model = SequenceModel(
-            task.num_classes,
-            input_dim=task.input_dim,
-            embed_dim=64,
-            num_heads=HEADS,
-            mechanism=mechanism,
-            options=options,
-            positions="none",
-        )
-        fit(model, task, steps=STEPS, batch_size=8, lr=5e-3)
-        found[f"recall_accuracy_{name}"] = round(evaluate(model, task, batches=8, batch_size=32)[1], 4)
-        report(f"{name}: {found[f'recall_accuracy_{name}']:.4f}")
-    return found
+    task = PairedRecall(LENGTH, pairs=16, keys=16, values=8, memory=LENGTH // 4)
+    found = recall_accuracy(task, RIVALS, report, steps=STEPS, num_heads=HEADS, batches=8)
+    return {f"recall_accuracy_{name}": round(accuracy, 4) for name, accuracy in found.items()}
 
 
 @torch.no_grad()

@@ -150,7 +150,9 @@ class ComposedSelector(BlockSelector):
         return pooled_remainder(query, key, value, layout, view)
 
     def most_blocks(self, num_k_blocks: int) -> float:
-        return min(self.steps.select.most(num_k_blocks) + self.steps.sinks + self.steps.local, num_k_blocks)
+        # The queries of a block may stand in several key blocks, with neighbours on both sides.
+        near = 2 * self.steps.local - 1 + -(-self.block_q // self.block_k) if self.steps.local else 0
+        return min(self.steps.select.most(num_k_blocks) + self.steps.sinks + near, num_k_blocks)
 
 
 def compose(
