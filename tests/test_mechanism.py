@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from regard.cache import DynamicCache
 from regard.cost import AttentionShape, dense_cost
 from regard.errors import OptionError, ShapeError, UnsupportedMaskError, UnsupportedPatternError
 from regard.kernels import dense_attention
 from regard.layout import BlockLayout, TokenLayout
 from regard.masks import Boolean, Causal, KeyPadding, SlidingWindow
-from regard.mechanism import Feature, KeyValueState, Mechanism, Pattern, Request, SparseMechanism, Traits, per_axis
+from regard.mechanism import Feature, Mechanism, Pattern, Request, SparseMechanism, Traits, per_axis
 
 
 class Probe(Mechanism):
@@ -150,12 +151,12 @@ def test_decoding_by_default_keeps_keys_and_values() -> None:
     query, key, value = tensors(6, kv_heads=2)
     mechanism = Decodes()
     state, outs = mechanism.init_state(2, like=query), []
-    assert state == KeyValueState(None, None)
+    assert isinstance(state, DynamicCache)
     for start, stop in ((0, 3), (3, 4), (4, 6)):
         out, state = mechanism.step(query[:, :, start:stop], key[:, :, start:stop], value[:, :, start:stop], state)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 2), mechanism(query, key, value, causal=True))
-    assert torch.equal(state.key, key) and torch.equal(state.value, value)
+    assert torch.equal(state.read().key, key) and torch.equal(state.read().value, value)
 
 
 def test_undeclared_decoding() -> None:

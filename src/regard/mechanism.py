@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from regard.cache import DynamicCache, EvictingCache, KeyValueCache
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError, PlacementError, ShapeError, UnsupportedMaskError, UnsupportedPatternError
 from regard.kernels import block_sparse_attention, token_sparse_attention
@@ -26,7 +27,6 @@ from regard.masks import Boolean, Causal, Mask
 __all__ = [
     "ALL_PATTERNS",
     "Feature",
-    "KeyValueState",
     "Layer",
     "Mechanism",
     "Pattern",
@@ -88,21 +88,6 @@ class Traits:
     design)."""
 
 
-@dataclass
-class KeyValueState:
-    """Decoding state of mechanisms that keep past keys and values: ``(batch, kv_heads, tokens, dim)`` or None at
-    first."""
-
-    key: Tensor | None = None
-    value: Tensor | None = None
-
-    def append(self, key: Tensor, value: Tensor) -> KeyValueState:
-        """The state with these tokens behind the others."""
-        if self.key is None or self.value is None:
-            return KeyValueState(key, value)
-        return KeyValueState(torch.cat((self.key, key), 2), torch.cat((self.value, value), 2))
-
-
 class Mechanism(nn.Module, Traits):
     """Attention on ``query (batch, num_heads, q_len, head_dim)``, ``key (batch, kv_heads, k_len, head_dim)`` and
     ``value (batch, kv_heads, k_len, value_dim)``, as in ``scaled_dot_product_attention``.
@@ -119,6 +104,8 @@ class Mechanism(nn.Module, Traits):
     """Whether the output is linear in the values, given queries and keys."""
     decodes: ClassVar[bool] = False
     """Whether ``step`` gives, token by token, the numbers of the causal parallel form."""
+    takes_evicted: ClassVar[bool] = False
+    """Whether ``step`` runs over a cache in which heads keep different tokens: the order of keys tells it nothing."""
     off_grid: int = 0
     """How many of the queries stand beside the grid (text beside an image); the grid holds the others."""
 
@@ -211,16 +198,44 @@ class Mechanism(nn.Module, Traits):
         """What a call of this shape costs, as far as shapes tell."""
         return dense_cost(shape)
 
-    def init_state(self, batch: int, *, like: Tensor) -> Any:
-        """The decoding state before the first token, on ``like``'s device and in its dtype."""
+    def init_state(self, batch: int, *, like: Tensor, cache: KeyValueCache | None = None) -> Any:
+        """The decoding state before the first token, on ``like``'s device and in its dtype.
+
+        cache: where keys and values are kept, by default a :class:`~regard.cache.DynamicCache`. Raises OptionError for
+        mechanisms whose state is another, and for caches that it cannot read.
+        """
         self._require_decoding()
-        return KeyValueState()
+        if isinstance(cache, EvictingCache) and not self.takes_evicted:
+            raise OptionError(
+                f"{self._name} knows keys by their place in the sequence, so it cannot read a cache that evicts. Use "
+                "another cache, or a mechanism with takes_evicted=True such as 'full'."
+            )
+        return DynamicCache() if cache is None else cache
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """The next token or tokens: shapes as in :meth:`forward`; returns the output and the new state."""
+        """The next token or tokens: shapes as in :meth:`forward`; returns the output and the new state.
+
+        A cache is changed in place; keep ``state.copy()`` to go back to it.
+        """
         self._require_decoding()
-        state = state.append(key, value)
-        return self(query, state.key, state.value, causal=True), state
+        kept = state.append(key, value)
+        if not isinstance(state, EvictingCache):
+            return self(query, kept.key, kept.value, causal=True), state
+        mask = kept.visible(state.seen, query.shape[2], query.shape[1])
+        out = self(query, kept.key, kept.value, mask=mask)
+        if state.policy is not None and state.policy.needs_weights:
+            with torch.no_grad():
+                state.observe(self.weights(query, kept.key, mask=mask))
+        else:
+            state.settle()
+        return out, state
+
+    def _own_state(self, cache: KeyValueCache | None) -> None:
+        """Refuse a cache: for mechanisms whose state is another."""
+        if cache is not None:
+            raise OptionError(
+                f"{self._name} keeps a state of its own and reads no {type(cache).__name__}; leave cache out."
+            )
 
     def _require_value_linear(self) -> None:
         if not self.value_linear:

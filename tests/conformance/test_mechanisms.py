@@ -12,14 +12,24 @@ Rules that the contracts leave open and the suite decides:
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from regard.cache import (
+    DynamicCache,
+    EvictingCache,
+    KeyValueCache,
+    PagedCache,
+    PagePool,
+    QuantizedCache,
+    StaticCache,
+)
 from regard.cost import AttentionShape
-from regard.errors import ShapeError, UnsupportedMaskError, UnsupportedPatternError
+from regard.errors import OptionError, ShapeError, UnsupportedMaskError, UnsupportedPatternError
 from regard.masks import Causal, KeyPadding, Mask
 from tests.conformance.subjects import (
     CHANNELS,
@@ -403,6 +413,38 @@ def test_step_by_step(subject: Subject, pieces: tuple[int, ...]) -> None:
     state, outs = module.init_state(2, like=inputs[0]), []
     for query, key, value in zip(*(t.split(pieces, 2) for t in inputs), strict=True):
         out, state = module.step(query, key, value, state)
+        outs.append(out)
+    assert_same(torch.cat(outs, 2), expected)
+
+
+@over("mechanism", lambda s: s.cls.decodes)
+@pytest.mark.parametrize("kind", ["static", "paged", "evicting", "quantized"])
+def test_any_cache_decodes_or_is_refused(subject: Subject, kind: str) -> None:
+    """Wherever keys and values lie, the numbers are those of the parallel form; in few bits for numbers that these bits
+    can hold."""
+    module, pieces = subject.build(kv_heads=2), (13, 1, 8, 1)
+    query, key, value = query_key_value(sum(pieces), kv_heads=2)
+    if kind == "quantized":
+        key, value = (t.clamp(-1, 1).add(1).mul(127.5).round() / 127.5 - 1 for t in (key, value))
+        key[:, :, ::8], key[:, :, 1::8] = -1, 1
+        value[..., 0], value[..., 1] = -1, 1
+    expected = module(query, key, value, causal=True)
+    make: dict[str, Callable[[], KeyValueCache]] = {
+        "static": lambda: StaticCache(32),
+        "paged": lambda: PagedCache(PagePool(16, 4)),
+        "evicting": EvictingCache,
+        "quantized": lambda: QuantizedCache(8, 8, residual=4),
+    }
+    try:
+        state = module.init_state(2, like=query, cache=make[kind]())
+    except OptionError:
+        own = not isinstance(getattr(module.init_state(2, like=query), "cache", None), KeyValueCache)
+        usual = isinstance(module.init_state(2, like=query), DynamicCache)
+        assert (kind == "evicting" and not module.takes_evicted) or (own and not usual)
+        return
+    outs = []
+    for q, k, v in zip(*(t.split(pieces, 2) for t in (query, key, value)), strict=True):
+        out, state = module.step(q, k, v, state)
         outs.append(out)
     assert_same(torch.cat(outs, 2), expected)
 

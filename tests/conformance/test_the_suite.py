@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regard import registry
+from regard.cache import DynamicCache
 from regard.kernels import dense_attention
 from regard.mechanism import Mechanism, Pattern, Request
 from tests.conformance import test_mechanisms as checks
@@ -138,8 +139,8 @@ class ChangesItsInput(Sound):
 class ForgetsWhileDecoding(Sound):
     def step(self, query: Tensor, key: Tensor, value: Tensor, state: Any) -> tuple[Tensor, Any]:
         out, state = super().step(query, key, value, state)
-        state.key = state.key[:, :, -9:]
-        state.value = state.value[:, :, -9:]
+        kept, state = state.read(), DynamicCache()
+        state.append(kept.key[:, :, -9:], kept.value[:, :, -9:])
         return out, state
 
 

@@ -116,9 +116,9 @@ def test_decoding_is_the_whole_pass(window: int, local_heads: int) -> None:
         start += size
         if "local" in state:
             # With the token to come they are window + 1.
-            assert state["local"].key.shape == (2, local_heads, min(start, window), 4)
+            assert state["local"].read().key.shape == (2, local_heads, min(start, window), 4)
         if "global" in state:
-            assert state["global"].key.shape[2] == start
+            assert state["global"].read().key.shape[2] == start
     torch.testing.assert_close(torch.cat(outs, 1), expected, **TIGHT)
 
 

@@ -201,21 +201,22 @@ def test_decoding_from_live_blocks_is_the_whole_pass(setting: str, kv_heads: int
     expected = s2(query, key, value, causal=True)
     pattern = local_stride_pattern(4, 18, 2, 5, kv_heads, **options)[:: 4 // kv_heads]
     state, outs, start = s2.init_state(2, like=query), [], 0
-    assert int(state.tokens().sum()) == int(state.blocks(4).sum()) == 0
+    assert int(state.counts().sum()) == int(state.blocks(4).sum()) == 0
     for size in (*(1,) * 9, 17, 1, 1, 9, 1, 11, *(1,) * 21):
         now = slice(start, start + size)
         out, state = s2.step(query[:, :, now], key[:, :, now], value[:, :, now], state)
         outs.append(out)
         start += size
-        assert state.length == start
+        assert state.seen == start
         # Nothing is kept but what the block of the next token sees.
         live = pattern[:, start // 4, : -(-start // 4)].sum(-1)
         kept = live[:1] if setting == "homogeneous" else live
-        assert torch.equal(state.blocks(4), kept)
-        assert bool((state.tokens() <= 4 * kept).all()) and state.key.shape[2] == int(state.tokens().max())
-        for lane, row in enumerate(state.positions):
+        assert torch.equal(state.blocks(4).expand_as(kept), kept)
+        kept_keys = state.read().key
+        assert bool((state.counts()[0] <= 4 * kept).all()) and kept_keys.shape[2] == int(state.counts().max())
+        for lane, row in enumerate(state.positions[0]):
             held = row >= 0
-            torch.testing.assert_close(state.key[:, lane][:, held], key[:, lane, row[held]])
+            torch.testing.assert_close(kept_keys[:, lane][:, held], key[:, lane, row[held]])
     torch.testing.assert_close(torch.cat(outs, 2), expected, **TIGHT)
 
 

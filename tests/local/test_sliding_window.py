@@ -58,7 +58,7 @@ def test_the_decoding_state_stays_small() -> None:
         now = slice(start, start + size)
         out, state = mechanism.step(query[:, :, now], key[:, :, now], value[:, :, now], state)
         outs.append(out)
-        assert state.key.shape == (2, 2, min(start + size, 2 + 5), 8)
+        assert state.read().key.shape == (2, 2, min(start + size, 2 + 5), 8)
     torch.testing.assert_close(torch.cat(outs, 2), expected)
 
 

@@ -101,7 +101,7 @@ def test_bounded_cache_decodes_exactly(pieces: tuple[int, ...]) -> None:
     for q, k, v in zip(*(x.split(pieces, 2) for x in (query, key, value)), strict=True):
         out, state = module.step(q, k, v, state)
         outs.append(out)
-        assert state.key is not None and state.key.shape[2] <= 6
+        assert state.read().key.shape[2] <= 6
     torch.testing.assert_close(torch.cat(outs, 2), module(query, key, value, causal=True), rtol=1e-9, atol=1e-9)
 
 
@@ -177,7 +177,7 @@ def test_layer_norms_rotates_and_decodes() -> None:
         out, cache = layer.step(piece, cache)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), expected, rtol=1e-9, atol=1e-9)
-    assert cache is not None and cache.key is not None and cache.key.shape[2] == 6
+    assert cache is not None and cache.read().key.shape[2] == 6
     with pytest.raises(UnsupportedPatternError):
         layer(x, causal=False)
 

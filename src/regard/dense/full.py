@@ -25,6 +25,7 @@ class FullAttention(Mechanism):
     exact = True
     takes_bias = True
     decodes = True
+    takes_evicted = True
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
         return dense_attention(

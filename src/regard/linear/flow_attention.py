@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from regard.cache import KeyValueCache
 from regard.cost import AttentionShape, Cost, linear_cost
 from regard.errors import OptionError, ShapeError
 from regard.kernels import LinearState, linear_attention, masked_softmax
@@ -247,7 +248,8 @@ class Flow(Mechanism):
             scale=1.0 if request.scale is None else request.scale,
         )
 
-    def init_state(self, batch: int, *, like: Tensor) -> FlowState | None:
+    def init_state(self, batch: int, *, like: Tensor, cache: KeyValueCache | None = None) -> FlowState | None:
+        self._own_state(cache)
         return None
 
     def step(

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard.cache import KeyValueCache
 from regard.cost import AttentionShape, Cost, linear_cost
 from regard.errors import OptionError, ShapeError
 from regard.kernels import LinearState, linear_attention
@@ -194,7 +195,8 @@ class LightningAttention(Mechanism):
         out, _ = self._run(query, key, value, None, 1.0 if request.scale is None else request.scale)
         return out
 
-    def init_state(self, batch: int, *, like: Tensor) -> LightningState:
+    def init_state(self, batch: int, *, like: Tensor, cache: KeyValueCache | None = None) -> LightningState:
+        self._own_state(cache)
         return LightningState()
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, state: LightningState) -> tuple[Tensor, LightningState]:

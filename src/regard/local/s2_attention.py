@@ -35,6 +35,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from regard.cache import EvictingCache, KeyValueCache
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError, ShapeError
 from regard.kernels import block_sparse_attention, dense_attention, expand_groups
@@ -297,50 +298,12 @@ class BlockSparseAttention(_BlockPattern):
         return pattern.to(q_block.device)[:, q_block][..., k_block]
 
 
-@dataclass
-class S2KVCache:
-    """Keys and values of the live blocks of each head, ``(batch, kv_heads, slots, dim)``.
-
-    ``positions`` ``(kv_heads | 1, slots)``: where in the text each slot's token stands; heads keep different tokens, in
-    order, and -1 fills up those that keep fewer. ``length``: tokens read so far.
-    """
-
-    key: Tensor | None = None
-    value: Tensor | None = None
-    positions: Tensor | None = None
-    length: int = 0
-
-    def append(self, key: Tensor, value: Tensor, lanes: int) -> S2KVCache:
-        """The cache with new tokens, which every head keeps for now; ``lanes``: heads that ``positions`` tells
-        apart."""
-        length = self.length + key.shape[2]
-        positions = torch.arange(self.length, length, device=key.device).expand(lanes, -1)
-        if self.key is None or self.value is None or self.positions is None:
-            return S2KVCache(key, value, positions, length)
-        return S2KVCache(
-            torch.cat((self.key, key), 2),
-            torch.cat((self.value, value), 2),
-            torch.cat((self.positions, positions), 1),
-            length,
-        )
-
-    def keep(self, alive: Tensor, block_size: int) -> S2KVCache:
-        """The cache without the tokens of blocks where ``alive`` ``(kv_heads | 1, blocks)`` is False."""
-        assert self.key is not None and self.value is not None and self.positions is not None
-        kept = alive.gather(1, self.positions.clamp_min(0) // block_size) & (self.positions >= 0)
-        order = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : int(kept.sum(-1).max())]
-        positions = self.positions.gather(1, order).masked_fill(~kept.gather(1, order), -1)
-        index = order.expand(self.key.shape[1], -1)[None, :, :, None]
-        key, value = (t.gather(2, index.expand(len(t), -1, -1, t.shape[3])) for t in (self.key, self.value))
-        return S2KVCache(key, value, positions, self.length)
-
-    def tokens(self) -> Tensor:
-        """Tokens that each head keeps, ``(kv_heads | 1,)``."""
-        return torch.zeros(1, dtype=torch.int64) if self.positions is None else (self.positions >= 0).sum(-1)
+class S2KVCache(EvictingCache):
+    """Keys and values of the live blocks of each head; heads keep different tokens."""
 
     def blocks(self, block_size: int) -> Tensor:
         """Blocks of ``block_size`` that each head keeps tokens of, ``(kv_heads | 1,)``."""
-        rows = [[]] if self.positions is None else (self.positions // block_size).tolist()
+        rows = (self.positions[0] // block_size).tolist() if self.seen else [[]]
         return torch.tensor([len({block for block in row if block >= 0}) for row in rows])
 
 
@@ -398,31 +361,36 @@ class S2Attention(_BlockPattern):
         kept = min(round(float(alive.sum(-1).double().mean()) * block), shape.k_len)
         return Cost(cost.flops, cost.bytes, dense_cost(shape, cached=kept).state_bytes, cost.pairs)
 
-    def init_state(self, batch: int, *, like: Tensor) -> S2KVCache:
+    def init_state(self, batch: int, *, like: Tensor, cache: KeyValueCache | None = None) -> S2KVCache:
+        self._own_state(cache)
         return S2KVCache()
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, state: S2KVCache) -> tuple[Tensor, S2KVCache]:
         if key.shape[1] != self.rule.kv_heads:
             raise ShapeError(f"These stripes were laid out for {self.rule.kv_heads} key heads, got {key.shape[1]}.")
-        block = self.block_size
-        lanes = 1 if self.rule.homogeneous and not self.rule.dense_heads else self.rule.kv_heads
-        cache = state.append(key, value, lanes)
-        assert cache.key is not None and cache.value is not None and cache.positions is not None
-        if state.length == 0:
+        block, before = self.block_size, state.seen
+        kept = state.append(key, value)
+        if before == 0:
             out = self(query, key, value, causal=True)
         else:
-            self.request(query, cache.key, cache.value, causal=True)
-            place = torch.arange(state.length, cache.length, device=key.device)
-            every = torch.arange(num_blocks(cache.length, block), device=key.device)
+            self.request(query, kept.key, kept.value, causal=True)
+            place = torch.arange(before, state.seen, device=key.device)
+            every = torch.arange(num_blocks(state.seen, block), device=key.device)
+            slots = state.positions[0].expand(self._lanes, -1)
             rows = self.seen(place // block, every, True)
-            slots = (cache.positions.clamp_min(0) // block)[:, None].expand(-1, len(place), -1)
-            visible = rows.gather(2, slots) & (cache.positions >= 0)[:, None]
-            visible = visible & (cache.positions[:, None] <= place[:, None])
-            mask = Boolean(visible[None] if lanes == 1 else expand_groups(visible[None], query.shape[1]))
-            out = dense_attention(query, cache.key, cache.value, mask=mask)
-        now = cache.length // block
-        if now > state.length // block:
+            visible = rows.gather(2, (slots.clamp_min(0) // block)[:, None].expand(-1, len(place), -1))
+            visible = visible & (slots >= 0)[:, None] & (slots[:, None] <= place[:, None])
+            mask = Boolean(visible[None] if self._lanes == 1 else expand_groups(visible[None], query.shape[1]))
+            out = dense_attention(query, kept.key, kept.value, mask=mask)
+        now = state.seen // block
+        if now > before // block:
             # What the next token's block does not see, no later one will.
             alive = self.seen(torch.tensor([now], device=key.device), torch.arange(now + 1, device=key.device), True)
-            cache = cache.keep(alive[:, 0], block)
-        return out, cache
+            slots = state.positions[0].expand(self._lanes, -1)
+            state.retain(alive[:, 0].gather(1, slots.clamp_min(0) // block)[None])
+        return out, state
+
+    @property
+    def _lanes(self) -> int:
+        """Key heads that keep different tokens."""
+        return 1 if self.rule.homogeneous and not self.rule.dense_heads else self.rule.kv_heads

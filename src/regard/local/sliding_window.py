@@ -8,16 +8,14 @@ its cache, which matters only beyond the trained length). Time ``O(N (window + s
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
+from regard.cache import EvictingCache, KeyValueCache, Recent
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError
 from regard.layout import BlockLayout, kept_layout
 from regard.masks import Mask, Sinks, SlidingWindow
-from regard.mechanism import KeyValueState, Request, SparseMechanism
+from regard.mechanism import Request, SparseMechanism
 from regard.registry import register
 
 __all__ = ["SlidingWindowAttention"]
@@ -55,18 +53,17 @@ class SlidingWindowAttention(SparseMechanism):
         seen = min((self.window if shape.causal else 2 * self.window - 1) + self.sinks, shape.k_len)
         return dense_cost(shape, seen / shape.k_len, cached=self.window + self.sinks)
 
-    def step(self, query: Tensor, key: Tensor, value: Tensor, state: Any) -> tuple[Tensor, Any]:
-        out, full = super().step(query, key, value, state)
-        return out, self._evict(full)
+    def init_state(self, batch: int, *, like: Tensor, cache: KeyValueCache | None = None) -> KeyValueCache:
+        """By default a cache of what a later token can still see: sinks, and the window less the token to come."""
+        if cache is None:
+            return EvictingCache(Recent(self.window - 1, self.sinks))
+        state: KeyValueCache = super().init_state(batch, like=like, cache=cache)
+        return state
 
-    def _evict(self, state: KeyValueState) -> KeyValueState:
-        """Keep what a later token can still see: sinks, and the window less the token to come."""
-        assert state.key is not None and state.value is not None
-        surplus = state.key.shape[2] - self.sinks - (self.window - 1)
-        if surplus <= 0:
-            return state
-        first, rest = slice(0, self.sinks), slice(self.sinks + surplus, None)
-        return KeyValueState(
-            torch.cat((state.key[:, :, first], state.key[:, :, rest]), 2),
-            torch.cat((state.value[:, :, first], state.value[:, :, rest]), 2),
-        )
+    def step(self, query: Tensor, key: Tensor, value: Tensor, state: KeyValueCache) -> tuple[Tensor, KeyValueCache]:
+        # Sinks come first and the window follows without a gap: the rule reads right off what is kept.
+        kept = state.append(key, value)
+        out = self(query, kept.key, kept.value, causal=True)
+        if isinstance(state, EvictingCache):
+            state.settle()
+        return out, state

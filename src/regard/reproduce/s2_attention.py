@@ -57,7 +57,7 @@ def operator() -> dict[str, float]:
         "density_of_causal_blocks": round(density, 4),
         "speedup_over_dense_blocks": round(speedup, 2),
         "speedup_share_of_bound": round(speedup * density, 3),
-        "cache_tokens_share_of_dense": round(float(cache.tokens().double().mean()) / LONG, 4),
+        "cache_tokens_share_of_dense": round(float(cache.counts().double().mean()) / LONG, 4),
         "cache_bound_share_of_dense": round(1 / STRIDE + LOCAL / blocks, 4),
     }
 

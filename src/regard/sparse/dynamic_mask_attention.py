@@ -24,13 +24,13 @@ a group keep the same keys. Time ``O(N keep d)`` plus ``O(N num_kv_heads^2 d)`` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard.cache import EvictingCache, KeyValueCache
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError, ShapeError, UnsupportedPatternError
 from regard.kernels import dense_attention, expand_groups, token_sparse_attention
@@ -120,17 +120,16 @@ def majority_smooth(mask: Tensor, block_size: int) -> Tensor:
     return (whole & Causal().dense(q_len, k_len, mask.device)) | own
 
 
-@dataclass
-class DynamicMaskCache:
-    """Decoding state: the kept tokens of each key/value head in order of position, at most ``keep`` of them.
+class DynamicMaskCache(EvictingCache):
+    """Decoding state: the kept tokens of each key/value head in order of position, with their scores in ``extra``."""
 
-    key, value ``(batch, kv_heads, tokens, dim)``, scores ``(batch, kv_heads, tokens)``; ``length`` tokens were seen.
-    """
-
-    key: Tensor | None = None
-    value: Tensor | None = None
-    scores: Tensor | None = None
-    length: int = 0
+    def retain_best(self, keep: int) -> None:
+        """Evict all but the ``keep`` tokens of largest score, ties to the more recent."""
+        scores = self.extra["score"].detach()
+        surplus = scores.shape[-1] - keep
+        if surplus > 0:
+            best = scores.argsort(dim=-1, stable=True)[..., surplus:]
+            self.retain(torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True))
 
 
 @register("dynamic_mask_attention")
@@ -276,7 +275,8 @@ class DynamicMask(Mechanism):
         scores = shape.batch * shape.kv_heads * min(self.keep, shape.k_len) * shape.element_size
         return Cost(cost.flops, cost.bytes, cost.state_bytes + scores, cost.pairs)
 
-    def init_state(self, batch: int, *, like: Tensor) -> DynamicMaskCache:
+    def init_state(self, batch: int, *, like: Tensor, cache: KeyValueCache | None = None) -> DynamicMaskCache:
+        self._own_state(cache)
         return DynamicMaskCache()
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, state: Any) -> tuple[Tensor, DynamicMaskCache]:
@@ -285,19 +285,11 @@ class DynamicMask(Mechanism):
                 "Majority smoothing counts evicted keys too, so a cache of kept keys cannot decode with it; "
                 "build the mechanism with smooth_block=None."
             )
-        scores = self.scores(value)
-        if state.key is not None:
-            key, value = torch.cat((state.key, key), 2), torch.cat((state.value, value), 2)
-            scores = torch.cat((state.scores, scores), 2)
-        request = self.request(query, key, value, causal=True)
-        out = self._run(query, key, value, scores, request)
-        length = state.length + query.shape[2]
-        surplus = key.shape[2] - self.keep
-        if surplus > 0:
-            place = scores.detach().argsort(dim=-1, stable=True)[..., surplus:].sort(-1).values
-            scores = scores.gather(-1, place)
-            key, value = (x.gather(2, place[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (key, value))
-        return out, DynamicMaskCache(key, value, scores, length)
+        kept = state.append(key, value, score=self.scores(value))
+        request = self.request(query, kept.key, kept.value, causal=True)
+        out = self._run(query, kept.key, kept.value, state.extra["score"], request)
+        state.retain_best(self.keep)
+        return out, state
 
 
 class DynamicMaskAttention(Layer):
@@ -364,5 +356,5 @@ class DynamicMaskAttention(Layer):
     def step(self, x: Tensor, cache: DynamicMaskCache | None = None) -> tuple[Tensor, DynamicMaskCache]:
         """The next tokens ``(batch, new, embed_dim)``: their outputs and the new cache (None: before the first)."""
         cache = DynamicMaskCache() if cache is None else cache
-        out, cache = self.mechanism.step(*self.project(x, cache.length), cache)
+        out, cache = self.mechanism.step(*self.project(x, cache.seen), cache)
         return cast(Tensor, self.out(out.transpose(1, 2).flatten(2))), cache

@@ -25,12 +25,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from regard.cache import KeyValueCache
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError
 from regard.kernels import accumulation_dtype, block_sparse_attention, dense_attention
 from regard.layout import BlockLayout, num_blocks
 from regard.masks import Boolean
-from regard.mechanism import KeyValueState, Pattern, Request, SparseMechanism
+from regard.mechanism import Pattern, Request, SparseMechanism
 from regard.registry import register
 from regard.sparse.scoring import block_has, block_index, grouped_scores, per_kv_head, pool_blocks
 from regard.sparse.selection import settle_mask, top_k_mask
@@ -89,9 +90,10 @@ def hybrid_schedule(step: int, total: int, switch: float = 0.9) -> Mode:
 
 
 @dataclass
-class MoBAState(KeyValueState):
+class MoBAState:
     """The key-value cache, and the means of its complete blocks ``(batch, kv_heads, blocks, head_dim)``."""
 
+    cache: KeyValueCache
     means: Tensor | None = None
 
 
@@ -177,18 +179,17 @@ class MoBAAttention(SparseMechanism):
         gate = 2 * shape.batch * shape.num_heads * shape.q_len * count * shape.head_dim
         return dense_cost(shape, seen, gate)
 
-    def init_state(self, batch: int, *, like: Tensor) -> MoBAState:
-        return MoBAState()
+    def init_state(self, batch: int, *, like: Tensor, cache: KeyValueCache | None = None) -> MoBAState:
+        return MoBAState(super().init_state(batch, like=like, cache=cache))
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, state: Any) -> tuple[Tensor, MoBAState]:
-        cache = state.append(key, value)
-        known = 0 if state.means is None else state.means.shape[2]
-        start, stop = known * self.block_size, cache.key.shape[2] // self.block_size * self.block_size
-        means = state.means
+        kept, means = state.cache.append(key, value), state.means
+        known = 0 if means is None else means.shape[2]
+        start, stop = known * self.block_size, state.cache.seen // self.block_size * self.block_size
         if stop > start:
-            fresh = pool_blocks(cache.key[:, :, start:stop], self.block_size)
+            fresh = pool_blocks(kept.key[:, :, start:stop], self.block_size)
             means = fresh if means is None else torch.cat((means, fresh), 2)
         elif means is None:
             means = key.new_empty(*key.shape[:2], 0, key.shape[3], dtype=accumulation_dtype(key.dtype))
-        request = self.request(query, cache.key, cache.value, causal=True)
-        return self._run(query, cache.key, cache.value, request, means), MoBAState(cache.key, cache.value, means)
+        request = self.request(query, kept.key, kept.value, causal=True)
+        return self._run(query, kept.key, kept.value, request, means), MoBAState(state.cache, means)
