@@ -230,6 +230,13 @@ class Mechanism(nn.Module, Traits):
             state.settle()
         return out, state
 
+    def absorb(self, query: Tensor, key: Tensor, value: Tensor, state: Any) -> Any:
+        """The state after tokens that another mechanism answers, as one may read a prompt and another decode."""
+        if isinstance(state, KeyValueCache) and not isinstance(state, EvictingCache):
+            state.append(key, value)
+            return state
+        return self.step(query, key, value, state)[1]
+
     def _own_state(self, cache: KeyValueCache | None) -> None:
         """Refuse a cache: for mechanisms whose state is another."""
         if cache is not None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import regard
 from regard.cache import (
     Cached,
     DynamicCache,
@@ -19,8 +18,10 @@ from regard.cache import (
     Recent,
     StaticCache,
 )
+from regard.dense.full import FullAttention
 from regard.errors import OptionError, ShapeError
-from regard.masks import Causal
+from regard.linear.flow_attention import Flow
+from regard.sparse.moba import MoBAAttention
 
 PIECES = (13, 1, 1, 6, 1, 20)
 
@@ -214,7 +215,7 @@ def test_heads_may_keep_different_tokens() -> None:
     places = cache.positions.clamp_min(0)[..., None]
     torch.testing.assert_close(kept.key[held], key.gather(2, places.expand(-1, -1, -1, 8))[held])
     query = torch.randn(2, 4, 8, 8)
-    full = regard.create("full")
+    full = FullAttention()
     out = full(query, kept.key, kept.value, mask=kept.visible(20, 8, 4))
     seen = (
         torch.cat((keep, torch.ones(2, 2, 8, dtype=torch.bool)), 2)[:, :, None] & torch.ones(20, 20).tril()[12:].bool()
@@ -229,7 +230,7 @@ def test_heads_may_keep_different_tokens() -> None:
 
 def test_recent_tokens_and_sinks() -> None:
     key, value = tokens(20)
-    full, query = regard.create("full"), torch.randn(2, 2, 20, 8)
+    full, query = FullAttention(), torch.randn(2, 2, 20, 8)
     state, outs = full.init_state(2, like=key, cache=EvictingCache(Recent(5, 2))), []
     for at in range(20):
         now = slice(at, at + 1)
@@ -246,7 +247,7 @@ def test_heavy_hitters_by_a_loop() -> None:
     """H2O written out for one head at a time."""
     key, value = tokens(24)
     query = torch.randn(2, 4, 24, 8, generator=torch.Generator().manual_seed(5))
-    full, policy = regard.create("full"), HeavyHitters(budget=8, recent=3, sinks=1)
+    full, policy = FullAttention(), HeavyHitters(budget=8, recent=3, sinks=1)
     state = full.init_state(2, like=key, cache=EvictingCache(policy))
     outs = []
     for at in range(24):
@@ -279,6 +280,6 @@ def test_policies_check_their_numbers() -> None:
     with pytest.raises(OptionError, match="at least 1"):
         PagePool(0)
     with pytest.raises(OptionError, match="place in the sequence"):
-        regard.create("moba").init_state(1, like=torch.zeros(1), cache=EvictingCache())
+        MoBAAttention().init_state(1, like=torch.zeros(1), cache=EvictingCache())
     with pytest.raises(OptionError, match="state of its own"):
-        regard.create("flow_attention").init_state(1, like=torch.zeros(1), cache=DynamicCache())
+        Flow().init_state(1, like=torch.zeros(1), cache=DynamicCache())

@@ -29,6 +29,9 @@ from regard.registry import catalogue, describe, get
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from regard.retrofit import Handle
+
+
 __all__ = ["Comparison", "Plan", "Row", "applicable", "compare", "default_mechanisms"]
 
 VERSION = 1
@@ -273,7 +276,7 @@ def _measure(
             row.pairs = _pairs(twin, mechanisms, windows[0])
             row.maps = _maps(twin, mechanisms, windows[0, : plan.passage])
             row.memory_ratio = _peak(twin, windows[0]) / _peak(subject.model, windows[0])
-            row.decode_ratio = _decode_ratio(subject.model, twin, windows[0], plan.decode_tokens)
+            row.decode_ratio = _decode_ratio(subject.model, twin, handle, windows[0], plan.decode_tokens)
     except RegardError as error:
         row.group, row.reason = "failed", str(error)
     return row
@@ -348,12 +351,16 @@ def _maps(model: PreTrainedModel, mechanisms: Sequence[Mechanism], passage: Tens
 
 
 @torch.no_grad()
-def _decode_ratio(model: PreTrainedModel, twin: PreTrainedModel, window: Tensor, tokens: int) -> float | None:
-    """Seconds per decoded token, twin over original, behind a cache of the window; None if it cannot use the cache."""
+def _decode_ratio(
+    model: PreTrainedModel, twin: PreTrainedModel, handle: Handle, window: Tensor, tokens: int
+) -> float | None:
+    """Seconds per decoded token, twin over original, behind the window: out of the mechanism's own decoding state where
+    it has one, out of a cache of all keys otherwise; None if it can do neither."""
+    decodes = all(module.decodes for module in handle.modules.values())
     caches = []
-    for each in (model, twin):
+    for each, own in ((model, None), (twin, handle.cache() if decodes else None)):
         try:
-            caches.append(each(input_ids=window[None, :-tokens], use_cache=True).past_key_values)
+            caches.append(each(input_ids=window[None, :-tokens], past_key_values=own, use_cache=True).past_key_values)
         except RegardError:
             return None
 

@@ -59,8 +59,8 @@ class QuantizedCache(KeyValueCache):
     """bits: 2, 4 or 8 a number. group_size: tokens (keys) or channels (values) that share a range; value channels are
     cut into equal groups of at most so many. residual: so many newest tokens at least stay in full precision.
 
-    Old tokens are rounded once, when a group of them is complete; cropping back into them leaves them rounded. They pass
-    no gradients on.
+    Old tokens are rounded once, when a group of them is complete, and pass no gradients on; cropping back into them
+    leaves them rounded.
     """
 
     def __init__(self, bits: int = 4, group_size: int = 32, residual: int = 64) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor, nn
 
+from regard.cache import KeyValueCache
 from regard.errors import OptionError, RetrofitError
 from regard.mechanism import Mechanism
 from regard.registry import build
@@ -15,24 +16,53 @@ from regard.retrofit import huggingface, torch_modules
 from regard.retrofit.sites import Selector, Site, discover, select
 from regard.retrofit.switch import DropoutPolicy, Replacement, Switch, name_of, switches
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 __all__ = ["Handle", "open_sites", "retrofit"]
 
 
 class Handle:
     """A retrofit in force: a context manager, ended by leaving it or by :meth:`restore`.
 
-    ``modules``: the mechanism of each layer by module path. They are no part of the model's own state dict; give
-    ``parameters()`` to an optimizer, keep ``state_dict()``, or pass ``modules`` itself to :func:`retrofit` again.
+    ``modules``: the mechanism of each layer by module path; ``decoders``: those that decode in its place, if any.
+    They are no part of the model's own state dict; give ``parameters()`` to an optimizer, keep ``state_dict()``, or
+    pass ``modules`` itself to :func:`retrofit` again.
     """
 
-    def __init__(self, modules: Mapping[str, Mechanism], closing: ExitStack) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, Mechanism],
+        closing: ExitStack,
+        answering: Sequence[tuple[Switch, Replacement]] = (),
+    ) -> None:
         self.modules = dict(modules)
+        self.decoders = {switch.site.path: chosen.decode for switch, chosen in answering if chosen.decode is not None}
         self._closing: ExitStack | None = closing
+        self._answering = list(answering)
 
     @property
     def active(self) -> bool:
         """Whether the model is still retrofitted by this handle."""
         return self._closing is not None
+
+    def cache(self, storage: Callable[[], KeyValueCache] | None = None) -> Cache:
+        """A cache for ``model.generate(..., past_key_values=handle.cache())`` of a transformers decoder, in which each
+        layer keeps its mechanism's own decoding state instead of all keys and values.
+
+        storage: makes where keys and values of one layer are kept, such as ``lambda: QuantizedCache(bits=4)`` (see
+        :mod:`regard.cache`), for mechanisms that keep them. Layers left to the model keep their usual cache. Texts of a
+        batch have one length (no padding). A cache serves one generation within this retrofit.
+
+        Raises RetrofitError for mechanisms that do not decode, OptionError for a storage that one cannot read.
+        """
+        if not self.active:
+            raise RetrofitError("This retrofit was restored; call regard.retrofit again.")
+        if not any(switch.site.host == "transformers" for switch, _ in self._answering):
+            raise RetrofitError("Only retrofitted decoders of transformers take a cache.")
+        from regard.retrofit.caches import decoding_cache
+
+        return decoding_cache(self, self._answering, storage)
 
     def restore(self) -> None:
         """Take the mechanisms out. Other retrofits of the same model stay; a second call does nothing."""
@@ -51,11 +81,14 @@ class Handle:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The mechanisms' parameters, by ``<module path>.<name>``, each once."""
         seen: set[int] = set()
-        for path, module in self.modules.items():
+        for path, module in self._all().items():
             for name, parameter in module.named_parameters():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield f"{path}.{name}", parameter
+
+    def _all(self) -> dict[str, Mechanism]:
+        return self.modules | {f"{path}.decode": module for path, module in self.decoders.items()}
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The mechanisms' parameters, for an optimizer."""
@@ -63,7 +96,7 @@ class Handle:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Parameters and buffers of the mechanisms, by ``<module path>.<name>``."""
-        return {f"{p}.{name}": tensor for p, m in self.modules.items() for name, tensor in m.state_dict().items()}
+        return {f"{p}.{name}": tensor for p, m in self._all().items() for name, tensor in m.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what :meth:`state_dict` gave."""
@@ -71,7 +104,7 @@ class Handle:
         if state.keys() != expected:
             wrong = sorted(state.keys() ^ expected)
             raise OptionError(f"This state is of another retrofit; it differs in {', '.join(wrong[:4])}.")
-        for path, module in self.modules.items():
+        for path, module in self._all().items():
             prefix = f"{path}."
             names = module.state_dict().keys()
             module.load_state_dict({name: state[prefix + name] for name in names})
@@ -85,6 +118,7 @@ def retrofit(
     mechanism: Choice | Mapping[Any, Choice],
     layers: Selector = None,
     *,
+    decode: Choice | None = None,
     attention_dropout: DropoutPolicy = "auto",
     **options: Any,
 ) -> Handle:
@@ -95,6 +129,8 @@ def retrofit(
     layer selectors to a name, a pair ``(name, options)`` or a built mechanism; the first selector that fits counts.
     layers: which layers, by default all; the others keep the model's own attention. An index (of each stack), a module
     path or the start of one, ``"re:..."`` searched for in the path, a callable on the path, or a list of these.
+    decode: another mechanism for decoding, that is for calls of one query with earlier keys; ``mechanism`` is then left
+    with the prompt.
     attention_dropout: in training, a model's dropout of attention weights is applied by forming the implied weights.
     'auto' does so for mechanisms of quadratic cost and is an error for others, 'weights' does so always, 'off' never.
 
@@ -110,17 +146,21 @@ def retrofit(
     sites = discover(model)
     plan = _plan(sites, mechanism, layers, options)
     modules = {site.path: _built(site, choice) for site, choice in plan}
+    later = {site.path: None if decode is None else _built(site, decode) for site, _ in plan}
+    answering = []
     closing = ExitStack()
     try:
         chosen = [site for site, _ in plan]
         for switch in open_sites(model, sites, chosen, closing):
-            replacement = Replacement(modules[switch.site.path], attention_dropout)
+            path = switch.site.path
+            replacement = Replacement(modules[path], attention_dropout, later[path])
+            answering.append((switch, replacement))
             switch.replacements.append(replacement)
             closing.callback(switch.replacements.remove, replacement)
     except BaseException:
         closing.close()
         raise
-    return Handle(modules, closing)
+    return Handle(modules, closing, answering)
 
 
 def _plan(

@@ -172,17 +172,19 @@ def _attention(
             )
         return own()
     position_bias = kwargs.get("position_bias")
+    decoding, switch.pending = switch.pending, None
+    keys = key.shape[2] + (0 if decoding is None else decoding.seen)
 
     def read() -> Reading:
         causal = kwargs.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-        return read_mask(attention_mask, query.shape[2], key.shape[2], causal, position_bias=position_bias)
+        return read_mask(attention_mask, query.shape[2], keys, causal, position_bias=position_bias)
 
     if switch.replacement is not None:
         _refuse_meaningful(switch.site, attention_mask, kwargs)
     wanted = bool(kwargs.get("output_attentions")) or any(_weights_wanted)
     wanted = wanted or bool(getattr(getattr(module, "config", None), "output_attentions", False))
-    return switch.run(Call(query, key, value, read, scaling, dropout), own, wanted)
+    return switch.run(Call(query, key, value, read, scaling, dropout, decoding=decoding), own, wanted)
 
 
 def _refuse_meaningful(site: Site, mask: Any, kwargs: dict[str, Any]) -> None:

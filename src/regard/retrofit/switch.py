@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard.cache import EvictingCache, KeyValueCache
 from regard.errors import RetrofitError, ShapeError, UnsupportedMaskError, UnsupportedPatternError
 from regard.kernels import accumulation_dtype, expand_groups, masked_softmax, score_scale
 from regard.mechanism import Mechanism
@@ -25,6 +26,7 @@ from regard.retrofit.sites import Site
 
 __all__ = [
     "Call",
+    "Decoding",
     "DropoutPolicy",
     "Observer",
     "Patches",
@@ -43,7 +45,8 @@ DropoutPolicy = Literal["auto", "weights", "off"]
 class Call:
     """One call of an attention layer: ``query`` ``(batch, num_heads, q_len, head_dim)``, ``key`` and ``value``
     ``(batch, kv_heads, k_len, ...)``, ``read`` to understand the mask, ``scale`` of the logits (None: ``1 /
-    sqrt(head_dim)``), ``dropout`` of the weights (0 outside training)."""
+    sqrt(head_dim)``), ``dropout`` of the weights (0 outside training). With ``decoding``, keys and values are the new
+    ones alone, and it holds what the layer keeps of those before."""
 
     query: Tensor
     key: Tensor
@@ -52,6 +55,7 @@ class Call:
     scale: float | None = None
     dropout: float = 0.0
     grid: tuple[int, ...] | None = None
+    decoding: Decoding | None = None
 
     @cached_property
     def reading(self) -> Reading:
@@ -82,10 +86,66 @@ class Observer(Protocol):
 
 @dataclass(eq=False)
 class Replacement:
-    """A mechanism in a layer's place."""
+    """A mechanism in a layer's place. ``decode`` answers calls of one query with earlier keys, where it is given."""
 
     mechanism: Mechanism
     dropout: DropoutPolicy = "auto"
+    decode: Mechanism | None = None
+
+    def answering(self, call: Call) -> Mechanism:
+        """Who answers this call."""
+        later = call.query.shape[2] == 1 and call.reading.keys > 1
+        return self.decode if self.decode is not None and later else self.mechanism
+
+
+@dataclass(eq=False)
+class Decoding:
+    """What one layer keeps of the past instead of keys and values; ``seen`` tokens of it."""
+
+    replacement: Replacement
+    storage: Callable[[], KeyValueCache] | None = None
+    state: Any = None
+    seen: int = 0
+
+    @property
+    def owner(self) -> Mechanism:
+        """Whose state it is."""
+        return self.replacement.decode or self.replacement.mechanism
+
+    def answer(self, site: Site, call: Call) -> Tensor:
+        """``(batch, num_heads, q_len, value_dim)`` for new tokens, which the state takes in."""
+        query, key, value = call.query, call.key, call.value
+        reading, new = call.reading, query.shape[2]
+        if reading.mask is not None or reading.bias is not None or not (reading.causal or new == 1):
+            raise UnsupportedMaskError(
+                f"Layer {site.path}: a cache of states decodes plainly causal text, and the model passes a mask beyond "
+                "that: padding, a sliding window or a bias. Give texts of one length without padding, or generate "
+                "without this cache."
+            )
+        if call.dropout or _own_scale(query, call.scale) is not None:
+            raise RetrofitError(
+                f"Layer {site.path}: a cache of states knows neither attention dropout nor logits on a scale other "
+                "than 1 / sqrt(head_dim). Generate without this cache."
+            )
+        first = self.replacement.mechanism
+        if self.state is None:
+            storage = None if self.storage is None else self.storage()
+            self.state = self.owner.init_state(query.shape[0], like=query, cache=storage)
+        if first is self.owner or (self.seen and new == 1):
+            out, self.state = self.owner.step(query, key, value, self.state)
+        else:
+            if self.seen and (not isinstance(self.state, KeyValueCache) or isinstance(self.state, EvictingCache)):
+                raise RetrofitError(
+                    f"Layer {site.path}: {name_of(self.owner)} does not keep the earlier keys that "
+                    f"{name_of(first)} needs for a further part of the prompt. Pass the prompt in one piece."
+                )
+            self.state = self.owner.absorb(query, key, value, self.state)
+            if self.seen:
+                kept = self.state.read()
+                key, value = kept.key, kept.value
+            out = first(query, key, value, causal=True)
+        self.seen += new
+        return out
 
 
 @dataclass(eq=False)
@@ -96,6 +156,8 @@ class Switch:
     replacements: list[Replacement] = field(default_factory=list)
     observers: list[Observer] = field(default_factory=list)
     users: int = 0
+    pending: Decoding | None = None
+    """State that the call which comes next goes on from."""
 
     @property
     def replacement(self) -> Replacement | None:
@@ -125,7 +187,8 @@ class Switch:
                 return weights
             if chosen is None:
                 return call.softmax_weights() if own_weights is None else own_weights()
-            return implied_weights(self.site, chosen.mechanism, call)
+            # The keys of a state are out of reach.
+            return None if call.decoding is not None else implied_weights(self.site, chosen.answering(call), call)
 
         for observer in self.observers:
             observer.observe(self.site, call, output, implied)
@@ -143,9 +206,12 @@ switches: dict[int, Switch] = {}
 
 def respond(site: Site, chosen: Replacement, call: Call, want_weights: bool) -> tuple[Tensor, Tensor | None]:
     """A mechanism's answer to a call, in the layout of :meth:`Switch.run`."""
-    mechanism = chosen.mechanism
-    if mechanism.training != site.module.training:
-        mechanism.train(site.module.training)
+    for each in (chosen.mechanism, chosen.decode):
+        if each is not None and each.training != site.module.training:
+            each.train(site.module.training)
+    if call.decoding is not None:
+        return _go_on(site, chosen, call, call.decoding, want_weights), None
+    mechanism = chosen.answering(call)
     dropout = call.dropout if chosen.dropout != "off" else 0.0
     if dropout and not _can_drop(mechanism, chosen.dropout):
         name = name_of(mechanism)
@@ -163,6 +229,17 @@ def respond(site: Site, chosen: Replacement, call: Call, want_weights: bool) -> 
         return output.transpose(1, 2).contiguous(), call.padded(weights) if want_weights else None
     output = _run(site, mechanism, call, mechanism, call.value)
     return output.transpose(1, 2).contiguous(), _implied(site, mechanism, call) if want_weights else None
+
+
+def _go_on(site: Site, chosen: Replacement, call: Call, decoding: Decoding, want_weights: bool) -> Tensor:
+    if chosen is not decoding.replacement:
+        raise RetrofitError(
+            f"{site.path}: this cache was made for another retrofit of the model. Take the cache of the one that "
+            "answers."
+        )
+    if want_weights:
+        raise RetrofitError("A cache of states gives no attention weights: generate without it for output_attentions.")
+    return decoding.answer(site, call).transpose(1, 2).contiguous()
 
 
 def _can_drop(mechanism: Mechanism, policy: DropoutPolicy) -> bool:
