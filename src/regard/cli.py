@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from regard.bench.compare import Comparison
+    from regard.bench.frontier import Frontier
     from regard.catalogue import Entry
 
 __all__ = ["main"]
@@ -293,6 +294,86 @@ def comparison_table(result: Comparison) -> Table:
                 cell(row.decode_ratio, "{:.2f}"),
                 cell(row.memory_ratio, "{:.2f}"),
             )
+    return table
+
+
+@main.command("frontier")
+@click.option("--model", default="nano", show_default=True, help="nano, a folder or a hub id.")
+@click.option("--text", type=click.Path(), help="File or folder to read [default: held-out standard library].")
+@click.option("--mechanisms", help="Comma-separated names [default: all that have settings to sweep].")
+@click.option("--lengths", default="2048,8192", show_default=True, help="Tokens in a window of text; '' for none.")
+@click.option("--tokens", default=16384, show_default=True, help="Tokens of text at each length.")
+@click.option("--interpolate", is_flag=True, help="Squeeze positions of windows beyond the model's context into it.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("runs/frontier"),
+    show_default=True,
+    help="Folder for frontier.json and frontier.png; what is there is not measured again.",
+)
+def frontier_command(
+    model: str,
+    text: str | None,
+    mechanisms: str | None,
+    lengths: str,
+    tokens: int,
+    interpolate: bool,
+    out: Path,
+) -> None:
+    """Measure what sparse mechanisms keep against what they compute, on text, smooth fields and white noise."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from regard.bench.frontier import Frontier, Plan, frontier
+    from regard.bench.frontier_picture import draw_frontier
+
+    try:
+        sizes = tuple(int(part) for part in lengths.split(",") if part.strip())
+    except ValueError as error:
+        raise OptionError(f"--lengths {lengths!r} are no numbers: write e.g. --lengths 2048,8192.") from error
+    if sizes and importlib.util.find_spec("transformers") is None:
+        raise MissingExtraError("regard frontier on text", "transformers")
+    names = tuple(part.strip() for part in mechanisms.split(",")) if mechanisms else ()
+    plan = Plan(model, text, names, sizes, tokens, interpolate)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    stopped, result = False, None
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("loading", total=None)
+        try:
+            result = frontier(
+                plan,
+                out=out,
+                report=lambda done, total, line: progress.update(task, completed=done, total=total, description=line),
+            )
+        except KeyboardInterrupt:
+            stopped, result = True, Frontier.load(out)
+    if result is not None:
+        for workload in result.workloads:
+            console.print(frontier_table(result, workload))
+        _save(draw_frontier(result), out / "frontier.png")
+        console.print(f"wrote {out / 'frontier.json'}")
+    if stopped:
+        console.print("Stopped. The same command with the same --out goes on from here.", style="yellow")
+        sys.exit(130)
+
+
+def frontier_table(result: Frontier, workload: str) -> Table:
+    """Quality and recalled mass at a few densities, read off the measured curves."""
+    from rich.table import Table
+
+    points = [point for point in result.points if point.workload == workload]
+    loss = "bits_per_byte" if workload in result.full else "error"
+    base = f", full attention {result.full[workload]:.3f}" if workload in result.full else ""
+    table = Table(title=f"{workload}: {loss.replace('_', ' ')} and recalled mass at a share of the pairs{base}")
+    table.add_column("mechanism", no_wrap=True)
+    shares = (0.1, 0.25, 0.5)
+    short = {"bits_per_byte": "bits", "error": "error", "recall": "mass"}
+    for measure in (loss, "recall"):
+        for share in shares:
+            table.add_column(f"{short[measure]} {share:.0%}", justify="right")
+    for name in dict.fromkeys(point.name for point in points):
+        cells = [result.at(workload, name, measure, share) for measure in (loss, "recall") for share in shares]
+        if any(cell is not None for cell in cells):
+            table.add_row(name, *("" if cell is None else f"{cell:.3f}" for cell in cells))
     return table
 
 

@@ -11,17 +11,25 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.bench.measure import peak_bytes, seconds
-from regard.bench.subjects import Subject, load_subject, read_text, token_windows
+from regard.bench.subjects import (
+    Subject,
+    load_subject,
+    log_probabilities,
+    mechanism_calls,
+    read_text,
+    text_bytes,
+    token_windows,
+)
 from regard.errors import FileFormatError, OptionError, RegardError
 from regard.mechanism import Mechanism
 from regard.registry import catalogue, describe, get
@@ -202,16 +210,6 @@ def _fingerprint(plan: Plan, windows: Tensor) -> dict[str, Any]:
     }
 
 
-def _text_bytes(subject: Subject, ids: Tensor) -> int:
-    return len(subject.tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode("utf-8"))
-
-
-@torch.no_grad()
-def _log_probabilities(model: PreTrainedModel, window: Tensor) -> Tensor:
-    """Next-token log-probabilities ``(length - 1, vocabulary)``."""
-    return model(input_ids=window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
-
-
 @torch.no_grad()
 def _peak(model: PreTrainedModel, window: Tensor) -> int:
     """Peak bytes of a prefill without the output head, whose logits would hide everything else."""
@@ -220,7 +218,7 @@ def _peak(model: PreTrainedModel, window: Tensor) -> int:
 
 def _timed_log_probabilities(model: PreTrainedModel, window: Tensor) -> tuple[float, Tensor]:
     kept: list[Tensor] = []
-    spent = seconds(lambda: kept.append(_log_probabilities(model, window)))
+    spent = seconds(lambda: kept.append(log_probabilities(model, window)))
     return spent, kept[0]
 
 
@@ -228,8 +226,8 @@ def _reference(subject: Subject, windows: Tensor, plan: Plan) -> dict[str, Any]:
     nats = text = 0.0
     early, late = [], []
     for window in windows:
-        loss = F.nll_loss(_log_probabilities(subject.model, window), window[1:], reduction="none")
-        nats, text = nats + float(loss.sum()), text + _text_bytes(subject, window[1:])
+        loss = F.nll_loss(log_probabilities(subject.model, window), window[1:], reduction="none")
+        nats, text = nats + float(loss.sum()), text + text_bytes(subject, window[1:])
         early.append(float(loss[: len(loss) // 8].mean()))
         late.append(float(loss[len(loss) // 2 :].mean()))
     passage = windows[0, : plan.passage]
@@ -293,7 +291,7 @@ def _quality(
     """Loss, divergence and prefill time, window by window, both models in turn."""
     nats = divergence = 0.0
     ratios = []
-    _log_probabilities(twin, windows[0])
+    log_probabilities(twin, windows[0])
     for index, window in enumerate(windows):
         own, full = _timed_log_probabilities(subject.model, window)
         other, changed = _timed_log_probabilities(twin, window)
@@ -307,29 +305,10 @@ def _quality(
     row.prefill_ratio = statistics.median(ratios)
 
 
-def _calls(
-    model: PreTrainedModel, mechanisms: Sequence[Mechanism], window: Tensor
-) -> Iterator[tuple[Mechanism, tuple[Tensor, ...], dict[str, Any]]]:
-    """Every mechanism's own input while the model reads ``window``."""
-    seen: list[tuple[Mechanism, tuple[Tensor, ...], dict[str, Any]]] = []
-
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
-        assert isinstance(module, Mechanism)
-        seen.append((module, inputs, keywords))
-
-    hooks = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in mechanisms]
-    try:
-        _log_probabilities(model, window)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    yield from seen
-
-
 @torch.no_grad()
 def _pairs(model: PreTrainedModel, mechanisms: Sequence[Mechanism], window: Tensor) -> float | None:
     shares = []
-    for mechanism, inputs, keywords in _calls(model, mechanisms, window):
+    for mechanism, inputs, keywords in mechanism_calls(model, mechanisms, window):
         share = mechanism.pairs(*inputs, **keywords)
         if share is None:
             return None
@@ -343,7 +322,7 @@ def _maps(model: PreTrainedModel, mechanisms: Sequence[Mechanism], passage: Tens
     from regard.bench.pictures import map_sprite
 
     sprites = []
-    for mechanism, inputs, keywords in _calls(model, mechanisms, passage):
+    for mechanism, inputs, keywords in mechanism_calls(model, mechanisms, passage):
         if not mechanism.value_linear:
             return []
         sprites.append(map_sprite(mechanism.weights(*inputs, **keywords)[0], _MAP_CELLS))

@@ -9,14 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.errors import FileFormatError, MissingExtraError, OptionError
+from regard.mechanism import Mechanism
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Subject", "load_subject", "read_text", "token_windows"]
+__all__ = [
+    "Subject",
+    "load_subject",
+    "log_probabilities",
+    "mechanism_calls",
+    "read_text",
+    "text_bytes",
+    "token_windows",
+]
 
 _READABLE = (".txt", ".md", ".rst", ".py", ".json", ".csv", ".html", ".tex", ".c", ".h", ".js", ".ts", ".java", ".go")
 
@@ -130,3 +139,33 @@ def token_windows(subject: Subject, texts: Sequence[str], length: int, count: in
         )
     random.Random(seed).shuffle(whole)
     return torch.stack(whole[:count])
+
+
+def text_bytes(subject: Subject, ids: Tensor) -> int:
+    """Bytes of the text that these tokens stand for."""
+    return len(subject.tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode("utf-8"))
+
+
+@torch.no_grad()
+def log_probabilities(model: PreTrainedModel, window: Tensor) -> Tensor:
+    """Next-token log-probabilities ``(length - 1, vocabulary)``."""
+    return model(input_ids=window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+
+
+def mechanism_calls(
+    model: PreTrainedModel, mechanisms: Sequence[Mechanism], window: Tensor
+) -> list[tuple[Mechanism, tuple[Tensor, ...], dict[str, Any]]]:
+    """Every mechanism's own tensors and keywords while the model reads ``window``, layer by layer."""
+    seen: list[tuple[Mechanism, tuple[Tensor, ...], dict[str, Any]]] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+        assert isinstance(module, Mechanism)
+        seen.append((module, inputs, keywords))
+
+    hooks = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in dict.fromkeys(mechanisms)]
+    try:
+        log_probabilities(model, window)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen

@@ -3,7 +3,8 @@
 Fields: ``key``, ``title``, ``year``, ``arxiv``, ``home``, ``kind``, ``module`` (where the class is registered),
 ``symbols`` (everything delivered for the paper, dotted), ``summary`` (one sentence), ``formula`` (plain text),
 ``claim``, ``example`` (options for an input of some dozens of tokens, used by pictures and by the conformance suite),
-``compare`` (options for some thousands of tokens, where the paper's own are made for longer texts).
+``compare`` (options for some thousands of tokens, where the paper's own are made for longer texts), ``sweep`` (several
+such options, from dense to sparse, over ``compare``: the points of a quality curve).
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Entry:
     claim: str = ""
     example: Mapping[str, Any] = field(default_factory=dict)
     compare: Mapping[str, Any] = field(default_factory=dict)
+    sweep: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def paper(self) -> bool:
@@ -62,7 +64,7 @@ def entries() -> dict[str, Entry]:
     for file in sorted(Path(__file__).parent.glob("*.toml")):
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
         for table in (*tables.get("mechanism", ()), *tables.get("paper", ())):
-            fields = {**table, "symbols": tuple(table.get("symbols", ()))}
+            fields = {**table, "symbols": tuple(table.get("symbols", ())), "sweep": tuple(table.get("sweep", ()))}
             try:
                 entry = Entry(**fields)
             except TypeError as error:

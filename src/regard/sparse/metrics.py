@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,10 @@ from regard.errors import ShapeError
 from regard.kernels import accumulation_dtype, masked_softmax, score_scale
 from regard.layout import BlockLayout, TokenLayout
 from regard.masks import Boolean, Causal, Everything, Mask
+from regard.mechanism import Mechanism, Request
 from regard.sparse.scoring import grouped_scores
 
-__all__ = ["head_agreement", "mass_recall"]
+__all__ = ["attention_overlap", "head_agreement", "mass_recall", "topk_recall"]
 
 # Scores that are formed at once.
 _AREA = 1 << 24
@@ -81,3 +84,73 @@ def head_agreement(weights: Tensor, top: int) -> Tensor:
     counts = ((weights > 0).sum(-1) >= top).all(1).to(best.dtype)  # (batch, q_len)
     common = torch.einsum("bhqk,bgqk,bq->bhg", best, best, counts)
     return common / top / counts.sum(-1)[:, None, None]
+
+
+def topk_recall(selected: Tensor, scores: Tensor, top_k: int) -> Tensor:
+    """Share of the ``top_k`` largest of ``scores (..., keys)`` that is among ``selected (..., slots)``, indices without
+    repetition, -1 for an empty slot: ``(...)``."""
+    if not 1 <= top_k <= scores.shape[-1] or selected.shape[:-1] != scores.shape[:-1]:
+        raise ShapeError(
+            f"Need selected (..., slots) for scores (..., keys) and top_k between 1 and keys; got "
+            f"{tuple(selected.shape)}, {tuple(scores.shape)}, {top_k}."
+        )
+    chosen = torch.zeros(*scores.shape[:-1], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
+    chosen.scatter_(-1, selected.where(selected >= 0, scores.shape[-1]), True)
+    hits = chosen.gather(-1, scores.topk(top_k, -1).indices)
+    return hits.to(torch.float64).mean(-1)
+
+
+@torch.no_grad()
+def attention_overlap(
+    mechanism: Mechanism,
+    query: Tensor,
+    key: Tensor,
+    *,
+    columns: int | None = None,
+    first: int = 64,
+    seed: int = 0,
+    causal: bool = False,
+    mask: Mask | Tensor | None = None,
+    grid: Sequence[int] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Share of full attention's weight that a mechanism's weights have in common with it, ``sum_j min(a_ij, b_ij)``:
+    ``(batch, heads)``, averaged over the queries that see anything.
+
+    For softmax over a choice of keys this is the share of full attention's weight on the keys chosen; where left-out
+    keys are stood for by others, it counts what comes out at the right place. columns: an estimate from the ``first``
+    keys and a random choice of others, this many in all.
+    """
+    request = mechanism.request(query, key, key, causal, mask, grid, scale)
+    batch, heads, q_len, _ = query.shape
+    k_len, work = key.shape[2], accumulation_dtype(query.dtype)
+    rule = (Everything() if request.visible is None else request.visible).to(query.device)
+    chosen, factor = torch.arange(k_len), torch.ones(k_len, dtype=work)
+    if columns is not None and columns < k_len:
+        first = min(first, columns)
+        rest = torch.randperm(k_len - first, generator=torch.Generator().manual_seed(seed))[: columns - first] + first
+        chosen = torch.cat((torch.arange(first), rest.sort().values))
+        factor = torch.cat((torch.ones(first), torch.full((len(rest),), (k_len - first) / max(len(rest), 1)))).to(work)
+    chosen, factor = chosen.to(query.device), factor.to(query.device)
+    scores = score_scale(query, request.scale) * query.to(work)
+    every = torch.arange(k_len, device=query.device).view(1, 1, 1, -1)
+    common, known = torch.zeros(2, batch, heads, q_len, dtype=work, device=query.device)
+    parts = chosen.split(512)
+    implied = [_columns(mechanism, query, key, part, request) for part in parts]
+    step = max(_AREA // (batch * heads * k_len), 1)
+    for start in range(0, q_len, step):
+        rows = torch.arange(start, min(start + step, q_len), device=query.device)
+        seen = rule.at(rows.view(1, 1, -1, 1), every, q_len, k_len)
+        weights = masked_softmax(grouped_scores(scores[:, :, rows], key.to(work)), seen)
+        for part, theirs, scaled in zip(parts, implied, factor.split(512), strict=True):
+            here = weights[..., part]
+            common[:, :, rows] += torch.minimum(here, theirs[:, :, rows].to(work)) @ scaled
+            known[:, :, rows] += here @ scaled
+    return common.sum(-1) / known.sum(-1)
+
+
+def _columns(mechanism: Mechanism, query: Tensor, key: Tensor, part: Tensor, request: Request) -> Tensor:
+    """Some columns of the implied attention matrix, ``(batch, heads, q_len, len(part))``."""
+    identity = key.new_zeros(key.shape[2], len(part))
+    identity[part, torch.arange(len(part), device=part.device)] = 1
+    return mechanism.attend(query, key, identity.expand(*key.shape[:2], -1, -1), request)
