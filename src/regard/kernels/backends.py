@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 
 from regard.errors import BackendError
 
-__all__ = ["current_backend", "resolve", "use_backend"]
+__all__ = ["current_backend", "has_triton", "resolve", "use_backend"]
 
 # A plain global, since torch.compile can read one, and compiles anew when it changes. All forms give the same numbers,
 # so that a thread that meets another's choice loses no more than speed.
@@ -31,6 +33,12 @@ def use_backend(name: str) -> Iterator[None]:
 def current_backend() -> str:
     """The name that :func:`use_backend` set, else ``"auto"``."""
     return _current
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton can be imported; it is not."""
+    return find_spec("triton") is not None
 
 
 def resolve(kernel: str, requested: str | None, forms: Sequence[str]) -> str:

@@ -8,7 +8,9 @@
 - ``merged``: query blocks gathered for key blocks and merged by their log-sum-exp, for rows of single queries
   (:mod:`regard.kernels.query_gather`);
 - ``native``: C++ for CPUs (:mod:`regard.kernels.native`); half precision is converted, float64 is not taken;
-- ``flex``: compiled FlexAttention (forward and backward on a GPU, forward alone on a CPU).
+- ``flex``: compiled FlexAttention (forward and backward on a GPU, forward alone on a CPU);
+- ``triton``: kernels of our own for GPUs (:mod:`regard.kernels.triton_blocks`), for blocks of any size, with the
+  log-sum-exp.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from regard.errors import BackendError, ShapeError
 from regard.kernels import native, shared_blocks
-from regard.kernels.backends import resolve
+from regard.kernels.backends import has_triton, resolve
 from regard.kernels.block_gather import GatheredBlocks
 from regard.kernels.dense import dense_attention
 from regard.kernels.query_gather import MergedBlocks
@@ -33,7 +35,7 @@ from regard.masks import Boolean
 
 __all__ = ["block_sparse_attention"]
 
-FORMS = ("reference", "gather", "fused", "merged", "native", "flex")
+FORMS = ("reference", "gather", "fused", "merged", "native", "flex", "triton")
 
 # Up to so many queries (decoding) the whole rows cost less than finding out what to leave out.
 _FEW = 8
@@ -121,8 +123,12 @@ def _choose(
         return "dense"
     if layout.block_q == 1 < layout.block_k and bias is None:
         return "merged"
-    if query.is_cuda and not return_lse and bias is None:
-        return "flex"
+    if query.is_cuda and bias is None:
+        # FlexAttention is made for blocks of whole tiles of its own.
+        if not return_lse and layout.block_q % 128 == layout.block_k % 128 == 0:
+            return "flex"
+        if has_triton() and query.dtype != torch.float64:
+            return "triton"
     if native.worthwhile(query, value, layout, bias):
         return "native"
     return "fused" if shared_blocks.fits(query, key, value, layout, bias, return_lse) else "gather"
@@ -146,6 +152,10 @@ def _run(
         return SharedBlocks.apply(query, key, value, table, layout, scale, bias)
     if form == "gather":
         return GatheredBlocks.apply(query, key, value, table, layout, scale, bias)
+    if form == "triton":
+        from regard.kernels.triton_blocks import TritonBlocks
+
+        return TritonBlocks.apply(query, key, value, layout, scale)
     if form == "merged":
         return MergedBlocks.apply(query, key, value, layout, scale)
     return _Native.apply(query, key, value, table, layout, scale, bias)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.errors import OptionError, ShapeError
+from regard.kernels.backends import has_triton, resolve
 from regard.kernels.block_sparse import block_sparse_attention
 from regard.kernels.shapes import accumulation_dtype, expand_groups, score_scale
 from regard.layout import BlockLayout, num_blocks
@@ -66,6 +67,7 @@ def tiled_attention(
     smooth: bool = True,
     warps: int = 4,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, TileStats]:
     """Attention over the pairs of ``layout``; the output ``(batch, num_heads, q_len, value_dim)`` and what it took.
 
@@ -73,8 +75,8 @@ def tiled_attention(
     largest score in it lies at least so far below the row's running maximum, so that each dropped weight is at most
     ``2^-threshold`` of the row's largest; infinity skips nothing. warps: groups of rows of a query block that decide
     on their own. quant: ``"int8"`` forms scores from int8 queries and keys (less their mean, unless ``smooth`` is
-    off), one scale a block, exactly as integer arithmetic would. Where a gradient is asked for, it is that of the
-    tiles computed, without quantisation.
+    off), one scale a block, exactly as integer arithmetic would. backend: ``"reference"``, or ``"triton"`` on a GPU.
+    Where a gradient is asked for, it is that of the tiles computed, without quantisation.
     """
     if layout.q_len != query.shape[2] or layout.k_len != key.shape[2]:
         raise ShapeError(
@@ -85,8 +87,16 @@ def tiled_attention(
     while layout.block_q % warps:
         warps -= 1
     threshold = torch.as_tensor(skip_threshold, dtype=torch.float32, device=query.device).expand(query.shape[1])
+    form = resolve("tiled", backend, ("reference", "triton"))
+    if form == "auto":
+        form = "triton" if query.is_cuda and has_triton() and query.dtype != torch.float64 else "reference"
     with torch.no_grad():
-        out, stats = _run(query, key, value, layout, threshold, quant, smooth, warps, score_scale(query, scale))
+        work, rounded = accumulation_dtype(query.dtype), (query, key)
+        if quant == "int8":
+            plain = smooth_k(key.to(work)) if smooth else key.to(work)
+            rounded = (_rounded(query.to(work), layout.block_q), _rounded(plain, layout.block_k))
+        run = _by_triton if form == "triton" else _run
+        out, stats = run(*rounded, value, layout, threshold, warps, score_scale(query, scale))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
         rows = layout.block_q // warps
         kept = stats.kept[:, :, : num_blocks(layout.q_len, rows)]
@@ -104,17 +114,12 @@ def _run(
     value: Tensor,
     layout: BlockLayout,
     threshold: Tensor,
-    quant: str | None,
-    smooth: bool,
     warps: int,
     scale: float,
 ) -> tuple[Tensor, TileStats]:
     (batch, heads, q_len, _), work = query.shape, accumulation_dtype(query.dtype)
     block_q, block_k = layout.block_q, layout.block_k
     nq, nk, rows = layout.visit.shape[2], layout.visit.shape[3], layout.block_q // warps
-    if quant == "int8":
-        query = _rounded(query.to(work), block_q)
-        key = _rounded(smooth_k(key.to(work)) if smooth else key.to(work), block_k)
     short_q, short_k = nq * block_q - q_len, nk * block_k - layout.k_len
     # Units are warps of rows: (batch, heads, nq, warps) flattened.
     queries = F.pad(query.to(work) * scale, (0, 0, 0, short_q)).reshape(-1, rows, query.shape[-1])
@@ -124,6 +129,10 @@ def _run(
     partial = layout.partial.expand(batch, heads, nq, nk).repeat_interleave(warps, 2).reshape(-1, nk)
     lane = torch.arange(len(queries), device=query.device) // (nq * warps)
     limit = -threshold.repeat(batch)[lane].to(work) * math.log(2)
+    # Rows that only fill up the last unit have no say in what is skipped.
+    real = ((torch.arange(len(queries), device=query.device) % (nq * warps))[:, None] * rows) + torch.arange(
+        rows, device=query.device
+    ) < q_len
     rule, one_batch, one_head = layout.mask.mod(q_len, layout.k_len), layout.mask.batch == 1, layout.mask.heads == 1
     top = queries.new_full((len(queries), rows), float("-inf"))
     total, out = torch.zeros_like(top), queries.new_zeros(len(queries), rows, value.shape[-1])
@@ -148,7 +157,7 @@ def _run(
             )
             scores[where] = scores[where].masked_fill(~(seen & (token_k < layout.k_len)), float("-inf"))
         local, before = scores.amax(-1), top[unit]
-        gain = torch.where(local == float("-inf"), local, local - before)
+        gain = torch.where((local == float("-inf")) | ~real[unit], float("-inf"), local - before)
         best = gain.amax(-1)
         alive[unit, block] = best > float("-inf")
         go = best > limit[unit]
@@ -167,6 +176,17 @@ def _run(
     done = kept.view(batch, heads, -1, nk)
     stats = TileStats(tiles, tiles - done.flatten(2).sum(-1), done)
     return out.view(batch, heads, nq * block_q, -1)[:, :, :q_len].to(value.dtype), stats
+
+
+def _by_triton(
+    query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, threshold: Tensor, warps: int, scale: float
+) -> tuple[Tensor, TileStats]:
+    from regard.kernels.triton_blocks import skipping_forward
+
+    limits = -threshold.float() * math.log(2)
+    out, counted = skipping_forward(query, key.to(query.dtype), value.to(query.dtype), layout, scale, limits, warps)
+    stats = TileStats((counted > 0).flatten(2).sum(-1), (counted == 1).flatten(2).sum(-1), counted == 2)
+    return out.to(value.dtype), stats
 
 
 def _rounded(x: Tensor, block_size: int) -> Tensor:
