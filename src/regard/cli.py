@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from regard.bench.compare import Comparison
     from regard.bench.frontier import Frontier
+    from regard.bench.study import StudyResult
     from regard.catalogue import Entry
 
 __all__ = ["main"]
@@ -219,13 +220,7 @@ def compare_command(
     from regard.bench.compare import Comparison, Plan, compare, default_mechanisms
     from regard.bench.report import write_report
 
-    options: dict[str, dict[str, Any]] = {}
-    for setting in settings:
-        name, value = _setting(setting)
-        if "." not in name:
-            raise OptionError(f"--option {setting!r} names no mechanism: write KEY.NAME=VALUE, e.g. moba.top_k=4.")
-        key, _, option = name.partition(".")
-        options.setdefault(key, {})[option] = value
+    options = _options_by_key(settings)
     names = (
         tuple(part.strip() for part in mechanisms.split(","))
         if mechanisms
@@ -326,10 +321,7 @@ def frontier_command(
     from regard.bench.frontier import Frontier, Plan, frontier
     from regard.bench.frontier_picture import draw_frontier
 
-    try:
-        sizes = tuple(int(part) for part in lengths.split(",") if part.strip())
-    except ValueError as error:
-        raise OptionError(f"--lengths {lengths!r} are no numbers: write e.g. --lengths 2048,8192.") from error
+    sizes = _numbers(lengths, "--lengths")
     if sizes and importlib.util.find_spec("transformers") is None:
         raise MissingExtraError("regard frontier on text", "transformers")
     names = tuple(part.strip() for part in mechanisms.split(",")) if mechanisms else ()
@@ -374,6 +366,78 @@ def frontier_table(result: Frontier, workload: str) -> Table:
         cells = [result.at(workload, name, measure, share) for measure in (loss, "recall") for share in shares]
         if any(cell is not None for cell in cells):
             table.add_row(name, *("" if cell is None else f"{cell:.3f}" for cell in cells))
+    return table
+
+
+@main.command("train")
+@click.option("--task", required=True, help="passkey, recall or mqar.")
+@click.option("--mechanisms", required=True, help="Comma-separated names.")
+@click.option("--length", default=2048, show_default=True, help="Tokens in training.")
+@click.option("--test-lengths", default="2048,8192", show_default=True, help="Tokens in tests, comma-separated.")
+@click.option("--budget", default="60s", show_default=True, help="Training time of each mechanism: 90s, 3m, 1h.")
+@click.option("--option", "settings", multiple=True, metavar="KEY.NAME=VALUE", help="e.g. moba.top_k=4")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for study.json and checkpoints; what is there is gone on from.",
+)
+def train_command(
+    task: str,
+    mechanisms: str,
+    length: int,
+    test_lengths: str,
+    budget: str,
+    settings: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    """Train small models that differ in their attention alone, and test them at several lengths."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from regard.bench.study import Study, StudyResult, parse_seconds, run_study
+
+    names = tuple(part.strip() for part in mechanisms.split(","))
+    study = Study(
+        task,
+        names,
+        length,
+        _numbers(test_lengths, "--test-lengths"),
+        parse_seconds(budget),
+        options=_options_by_key(settings),
+    )
+    stopped, result = False, None
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("loading", total=1.0)
+        try:
+            result = run_study(study, out, lambda line, share: progress.update(bar, completed=share, description=line))
+        except KeyboardInterrupt:
+            stopped, result = True, None if out is None else StudyResult.load(out)
+    if result is not None:
+        console.print(study_table(result))
+        for outcome in result.outcomes:
+            if outcome.reason:
+                console.print(f"{outcome.mechanism}: {outcome.reason}", style="dim", highlight=False)
+        if out is not None:
+            console.print(f"wrote {out / 'study.json'}")
+    if stopped:
+        console.print("Stopped. The same command with the same --out goes on from here.", style="yellow")
+        sys.exit(130)
+
+
+def study_table(result: StudyResult) -> Table:
+    """Right answers by length."""
+    from rich.table import Table
+
+    lengths = sorted({int(length) for outcome in result.outcomes for length in outcome.accuracy})
+    facts = result.fingerprint
+    table = Table(title=f"{facts['task']}: right answers after {facts['seconds']:.0f} s at {facts['length']} tokens")
+    for column in ("mechanism", "steps", "loss", *map(str, lengths)):
+        table.add_column(column, justify="left" if column == "mechanism" else "right", no_wrap=True)
+    for outcome in result.outcomes:
+        cells = [outcome.accuracy.get(str(length)) for length in lengths]
+        loss = "" if outcome.loss is None else f"{outcome.loss:.3f}"
+        shown = ["" if cell is None else f"{cell:.3f}" for cell in cells]
+        table.add_row(outcome.mechanism, str(outcome.steps), loss, *shown)
     return table
 
 
@@ -558,6 +622,26 @@ def env() -> None:
         rows[extra] = "yes" if importlib.util.find_spec(extra) is not None else "not installed"
     for name, value in rows.items():
         console.print(f"{name:14}{value}", highlight=False)
+
+
+def _options_by_key(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """``KEY.NAME=VALUE``, several times, by key."""
+    options: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        name, value = _setting(setting)
+        if "." not in name:
+            raise OptionError(f"--option {setting!r} names no mechanism: write KEY.NAME=VALUE, e.g. moba.top_k=4.")
+        key, _, option = name.partition(".")
+        options.setdefault(key, {})[option] = value
+    return options
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise OptionError(f"{option} {text!r} are no numbers: write e.g. {option} 2048,8192.") from error
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -9,16 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.bench.tasks import IGNORED, Classification
 from regard.bench.training import evaluate, fit
 from regard.errors import OptionError
 from regard.models.sequence import SequenceModel
 
 __all__ = ["PairedRecall", "recall_accuracy"]
 
-IGNORED = -100
 
-
-class PairedRecall:
+class PairedRecall(Classification):
     """Multi-query recall with key and value on the same token.
 
     Inputs ``(batch, length, input_dim)``: ``pairs`` memory tokens ``[key | value | 0]`` at random places of the first
@@ -54,15 +53,6 @@ class PairedRecall:
             inputs.scatter_add_(1, at[..., None].expand(-1, -1, self.input_dim), tokens)
         targets = torch.full((size, self.length), IGNORED).scatter_(1, places, answers)
         return inputs, targets
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy at the query tokens, in nats."""
-        return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
-
-    def score(self, outputs: Tensor, targets: Tensor) -> tuple[float, int]:
-        """Right answers, and their number."""
-        counted = targets != IGNORED
-        return float((outputs.argmax(-1) == targets)[counted].sum()), int(counted.sum())
 
 
 def recall_accuracy(

@@ -17,6 +17,7 @@ from torch import Tensor
 from regard.errors import MissingExtraError, OptionError
 
 __all__ = [
+    "Classification",
     "ClutteredDigits",
     "Digits",
     "DistractorRetrieval",
@@ -48,7 +49,9 @@ class Task(Protocol):
         ...
 
 
-class _Classification:
+class Classification:
+    """Loss and score of tasks whose targets are classes, ignored where negative."""
+
     num_classes: int
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -59,7 +62,7 @@ class _Classification:
         return float((outputs.argmax(-1) == targets)[counted].sum()), int(counted.sum())
 
 
-class MultiQueryRecall(_Classification):
+class MultiQueryRecall(Classification):
     """Multi-query associative recall (Arora et al., "Zoology", 2023, arXiv 2312.04927).
 
     A sequence opens with ``pairs`` key-value pairs; later each key comes again once, at random places among filler,
@@ -106,7 +109,7 @@ def stdlib_text(limit: int = 4_000_000) -> tuple[bytes, bytes]:
     return b"\n".join(parts[0]), b"\n".join(parts[1])
 
 
-class StdlibText(_Classification):
+class StdlibText(Classification):
     """Next-byte prediction on Python source. Inputs and targets ``(batch, length)``; metric: accuracy."""
 
     num_classes = 256
@@ -129,7 +132,7 @@ class StdlibText(_Classification):
         return piece[:, :-1], piece[:, 1:]
 
 
-class Digits(_Classification):
+class Digits(Classification):
     """scikit-learn's 8 x 8 digits as 64 tokens of one value. Inputs ``(batch, 64, 1)``, targets ``(batch,)``."""
 
     num_classes = 10
@@ -172,7 +175,7 @@ _STROKES: tuple[tuple[tuple[float, float], ...], ...] = (
 )
 
 
-class ClutteredDigits(_Classification):
+class ClutteredDigits(Classification):
     """A digit drawn somewhere on a canvas among pieces of other digits, in the manner of cluttered MNIST (Mnih et al.,
     "Recurrent Models of Visual Attention", 2014, arXiv 1406.6247, section 4.1). The digits are strokes of this module's
     own, turned, stretched, slanted and bent at random, so no data set is needed.
@@ -282,7 +285,7 @@ class ClutteredDigits(_Classification):
         return self._drawn[split]
 
 
-class DistractorRetrieval(_Classification):
+class DistractorRetrieval(Classification):
     """Find one key among distractors: of ``length - 1`` cells each holds a key vector and a class; the last cell holds
     the key that is asked for, blurred by ``noise``, and the answer is the class of the cell with that key.
 
@@ -317,7 +320,7 @@ class DistractorRetrieval(_Classification):
         return self.draw(size, generator)[:2]
 
 
-class ShortRangeTask(_Classification):
+class ShortRangeTask(Classification):
     """Next-token prediction where the next token depends on the last ``order`` (1 to 3) tokens alone: a Markov source
     with a fixed random table, so that attention beyond ``order`` tokens is of no use.
 
