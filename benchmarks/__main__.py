@@ -25,7 +25,7 @@ import torch
 from regard.kernels.native import status
 
 NAMES = (
-    *("dense", "neighborhood", "windows", "linear", "memory", "selection"),
+    *("dense", "neighborhood", "windows", "linear", "memory", "selection", "crossover"),
     *("block_sparse", "block_sparse_long", "block_sparse_settings"),
 )
 ROOT = Path(__file__).resolve().parent.parent

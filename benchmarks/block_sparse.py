@@ -22,7 +22,7 @@ from regard.layout import BlockLayout
 from regard.masks import Causal, SlidingWindow
 
 DENSITY = 0.1
-TARGETS = (0.80, 0.75)
+TARGETS = (0.90, 0.85)
 
 
 def run(report: Report, quick: bool) -> list[Row]:
