@@ -92,8 +92,9 @@ def _facts(entry: Entry) -> dict[str, str]:
 
 def markdown_table(rows: list[dict[str, str]]) -> str:
     """Rows with the same keys as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    from regard.bench.markdown import table
+
+    return "\n".join(table(list(rows[0]), [list(row.values()) for row in rows])[:-1])
 
 
 @main.command()
@@ -306,6 +307,7 @@ def comparison_table(result: Comparison) -> Table:
     show_default=True,
     help="Folder for frontier.json and frontier.png; what is there is not measured again.",
 )
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Page of what was found (.md).")
 def frontier_command(
     model: str,
     text: str | None,
@@ -314,11 +316,13 @@ def frontier_command(
     tokens: int,
     interpolate: bool,
     out: Path,
+    report: Path | None,
 ) -> None:
     """Measure what sparse mechanisms keep against what they compute, on text, smooth fields and white noise."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from regard.bench.frontier import Frontier, Plan, frontier
+    from regard.bench.frontier_page import page
     from regard.bench.frontier_picture import draw_frontier
 
     sizes = _numbers(lengths, "--lengths")
@@ -341,8 +345,15 @@ def frontier_command(
     if result is not None:
         for workload in result.workloads:
             console.print(frontier_table(result, workload))
-        _save(draw_frontier(result), out / "frontier.png")
+        figure = draw_frontier(result)
+        _save(figure, out / "frontier.png")
         console.print(f"wrote {out / 'frontier.json'}")
+        if report is not None:
+            picture = report.parent / "pictures" / "frontier.png"
+            _save(figure, picture)
+            command = f"regard frontier --lengths {lengths} --report {report}"
+            report.write_text(page(result, "pictures/frontier.png", command), encoding="utf-8")
+            console.print(f"wrote {report}")
     if stopped:
         console.print("Stopped. The same command with the same --out goes on from here.", style="yellow")
         sys.exit(130)
@@ -352,20 +363,15 @@ def frontier_table(result: Frontier, workload: str) -> Table:
     """Quality and recalled mass at a few densities, read off the measured curves."""
     from rich.table import Table
 
-    points = [point for point in result.points if point.workload == workload]
-    loss = "bits_per_byte" if workload in result.full else "error"
+    from regard.bench.frontier_page import curves
+
+    head, rows = curves(result, workload)
     base = f", full attention {result.full[workload]:.3f}" if workload in result.full else ""
-    table = Table(title=f"{workload}: {loss.replace('_', ' ')} and recalled mass at a share of the pairs{base}")
-    table.add_column("mechanism", no_wrap=True)
-    shares = (0.1, 0.25, 0.5)
-    short = {"bits_per_byte": "bits", "error": "error", "recall": "mass"}
-    for measure in (loss, "recall"):
-        for share in shares:
-            table.add_column(f"{short[measure]} {share:.0%}", justify="right")
-    for name in dict.fromkeys(point.name for point in points):
-        cells = [result.at(workload, name, measure, share) for measure in (loss, "recall") for share in shares]
-        if any(cell is not None for cell in cells):
-            table.add_row(name, *("" if cell is None else f"{cell:.3f}" for cell in cells))
+    table = Table(title=f"{workload}: at a share of the pairs{base}")
+    for column in head:
+        table.add_column(column, justify="left" if column == head[0] else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

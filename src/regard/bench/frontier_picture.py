@@ -37,8 +37,8 @@ def draw_frontier(result: Frontier) -> Figure:
             panel.set_ylabel(dict(_MEASURES)[measure])
             if measure == "bits_per_byte":
                 panel.axhline(result.full[workload], color="black", lw=0.8, ls=(0, (1, 2)))
-                panel.annotate("full attention", (1, result.full[workload]), (0, 3), ha="right", fontsize=8,
-                               textcoords="offset points")  # fmt: skip
+                place = (0.011, result.full[workload])
+                panel.annotate("full attention", place, (0, 3), textcoords="offset points", fontsize=8)
                 _fit(panel, points, result.full[workload])
             if measure == "recall":
                 # What a choice without any knowledge keeps.

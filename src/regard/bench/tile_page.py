@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from regard.bench.markdown import paragraph, table
 from regard.bench.simulate import Sides, bounds, front, search, sides
 from regard.bench.tile_timing import HEAD_DIM, HEADS, ROUNDS, Timed, conditions_of, correlations
 
@@ -21,17 +21,9 @@ _CASES: tuple[tuple[Sides, Sides, tuple[Sides, ...], Sides, Sides], ...] = (
 def page(rows: Sequence[Timed], picture: str | None, command: str, rounds: int = ROUNDS) -> str:
     """The page that ``command`` writes; ``picture`` is the scatter's path as seen from it."""
     lines = ["# Simulated tiles, and the time they take", ""]
-    lines += _paragraph(f"Written by `{command}`; no figure is typed by hand.")
+    lines += paragraph(f"Written by `{command}`; no figure is typed by hand.")
     lines += [*_simulated(), "## What a stride buys", "", *_searched(), "## Predicted and measured", ""]
     return "\n".join([*lines, *_measured(rows, picture, rounds)])
-
-
-def _paragraph(text: str) -> list[str]:
-    return [*textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False), ""]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def _simulated() -> list[str]:
@@ -46,7 +38,7 @@ def _simulated() -> list[str]:
         for stride in strides
         for one, _, flat, _ in [bounds(grid, window, stride, q_tile, kv_tile)]
     ]
-    text = _paragraph(
+    text = paragraph(
         "`regard simulate` counts which tiles of keys each tile of queries of a neighbourhood has to visit. All pairs "
         "over the visible ones are the *FLOP bound* of a speedup over dense attention; all tiles over the visited ones "
         "are the *tile-aware bound*, for the tile of queries that visits most (*worst*) and on average (*mean*). Where "
@@ -54,7 +46,7 @@ def _simulated() -> list[str]:
         "runs of as many tokens of the row-major sequence."
     )
     head = ("grid", "window", "stride", "tiles of queries : keys", "FLOP", "worst", "mean", "mean, flat", "perfect")
-    return text + _table(head, rows)
+    return text + table(head, rows)
 
 
 def _searched() -> list[str]:
@@ -66,24 +58,24 @@ def _searched() -> list[str]:
         for f in front(found)
     ]
     asked = f"--grid {sides(grid)} --window {sides(window)} --search --tile-volume {volumes[0]}:{volumes[1]}"
-    text = _paragraph(
+    text = paragraph(
         f"`regard simulate {asked}` goes through {len(found)} settings that matter. The best for each number of "
         "queries that share a window, where more sharing allows more:"
     )
-    return text + _table(("queries a window", "stride", "tiles of queries : keys", "mean bound", "worst"), rows)
+    return text + table(("queries a window", "stride", "tiles of queries : keys", "mean bound", "worst"), rows)
 
 
 def _measured(rows: Sequence[Timed], picture: str | None, rounds: int) -> list[str]:
     conditions, figures = conditions_of(rounds), correlations(rows)
     natively = "with" if conditions["native"] else "without"
     parts = ", ".join(f"{value:.3f} for {name}" for name, value in figures.items() if name != "all")
-    text = _paragraph(
+    text = paragraph(
         f"Forward of `gna`, {HEADS} heads of {HEAD_DIM}, float32, {len(rows)} settings, each in turn with dense "
         f"attention on the same tiles by the same executor, medians of {rounds} rounds; one thread, torch "
         f"{conditions['torch']} on {conditions['machine']}, {natively} native kernels. Predicted and measured are "
         "shares of dense attention's tiles and of its time."
     )
-    text += _paragraph(
+    text += paragraph(
         f"Spearman rank correlation of mean visited tiles and measured time: **{figures['all']:.3f}** over all "
         f"settings ({parts})."
     )
@@ -98,4 +90,4 @@ def _measured(rows: Sequence[Timed], picture: str | None, rounds: int) -> list[s
         )
         for row in rows
     ]
-    return text + _table(("grid", "window", "stride", "tile", "tiles visited", "predicted", "measured"), timed)
+    return text + table(("grid", "window", "stride", "tile", "tiles visited", "predicted", "measured"), timed)

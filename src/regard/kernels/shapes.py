@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["accumulation_dtype", "cut_blocks", "expand_groups", "fold_groups", "score_scale", "take_blocks"]
+__all__ = [
+    "accumulation_dtype",
+    "cut_blocks",
+    "expand_groups",
+    "fold_groups",
+    "score_scale",
+    "take_blocks",
+    "take_tokens",
+]
 
 
 def score_scale(query: Tensor, scale: float | None) -> float:
@@ -44,3 +52,11 @@ def cut_blocks(tensor: Tensor, block: int, dtype: torch.dtype, spare: int = 0) -
 def take_blocks(blocks: Tensor, index: Tensor) -> Tensor:
     """Rows of blocks: ``(rows, slots)`` of ``(all blocks, block, dim)`` -> ``(rows, slots * block, dim)``."""
     return blocks.index_select(0, index.flatten()).view(len(index), -1, blocks.shape[-1])
+
+
+def take_tokens(tensor: Tensor, index: Tensor) -> Tensor:
+    """Tokens of grouped heads: ``index (batch, num_heads, slots)`` into ``(batch, kv_heads, length, dim)`` ->
+    ``(batch, num_heads, slots, dim)``. Neither are heads repeated first nor is more read than is taken."""
+    rows = index.reshape(index.shape[0], tensor.shape[1], -1, 1)
+    taken = tensor.gather(2, rows.expand(-1, -1, -1, tensor.shape[3]))
+    return taken.view(*index.shape, tensor.shape[3])

@@ -1,0 +1,1 @@
+"""Decoding: loops over a model, and what they keep of the past. One file a paper."""
