@@ -387,6 +387,11 @@ def frontier_table(result: Frontier, workload: str) -> Table:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for study.json and checkpoints; what is there is gone on from.",
 )
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Page (.md) of this study and of those whose folders stand beside --out.",
+)
 def train_command(
     task: str,
     mechanisms: str,
@@ -395,12 +400,16 @@ def train_command(
     budget: str,
     settings: tuple[str, ...],
     out: Path | None,
+    report: Path | None,
 ) -> None:
     """Train small models that differ in their attention alone, and test them at several lengths."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from regard.bench.study import Study, StudyResult, parse_seconds, run_study
+    from regard.bench.study_page import page
 
+    if report is not None and out is None:
+        raise OptionError("--report is a page of what is kept: give --out as well.")
     names = tuple(part.strip() for part in mechanisms.split(","))
     study = Study(
         task,
@@ -425,6 +434,11 @@ def train_command(
                 console.print(f"{outcome.mechanism}: {outcome.reason}", style="dim", highlight=False)
         if out is not None:
             console.print(f"wrote {out / 'study.json'}")
+            if report is not None:
+                found = [StudyResult.load(file.parent) for file in sorted(out.parent.glob("*/study.json"))]
+                text = page([study for study in found if study is not None], f"regard train --report {report}")
+                report.write_text(text, encoding="utf-8")
+                console.print(f"wrote {report}")
     if stopped:
         console.print("Stopped. The same command with the same --out goes on from here.", style="yellow")
         sys.exit(130)
@@ -434,16 +448,15 @@ def study_table(result: StudyResult) -> Table:
     """Right answers by length."""
     from rich.table import Table
 
-    lengths = sorted({int(length) for outcome in result.outcomes for length in outcome.accuracy})
+    from regard.bench.study_page import rows_of
+
     facts = result.fingerprint
     table = Table(title=f"{facts['task']}: right answers after {facts['seconds']:.0f} s at {facts['length']} tokens")
-    for column in ("mechanism", "steps", "loss", *map(str, lengths)):
+    head, rows = rows_of(result)
+    for column in head:
         table.add_column(column, justify="left" if column == "mechanism" else "right", no_wrap=True)
-    for outcome in result.outcomes:
-        cells = [outcome.accuracy.get(str(length)) for length in lengths]
-        loss = "" if outcome.loss is None else f"{outcome.loss:.3f}"
-        shown = ["" if cell is None else f"{cell:.3f}" for cell in cells]
-        table.add_row(outcome.mechanism, str(outcome.steps), loss, *shown)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

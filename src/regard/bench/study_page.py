@@ -1,0 +1,54 @@
+"""The documentation's page of what :mod:`regard.bench.study` found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from regard.bench.markdown import paragraph, table
+from regard.bench.study import StudyResult
+
+__all__ = ["page", "rows_of"]
+
+_TASKS = {
+    "passkey": "Five digits stand in a row somewhere in a text of filler, and are asked for at its end.",
+    "recall": "Pairs of a key and its value stand in the text, and keys come again; key and value share a token.",
+    "mqar": "Pairs of a key and its value stand in the text one behind the other, and keys come again.",
+}
+
+
+def rows_of(result: StudyResult) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table: right answers by length."""
+    lengths = sorted({int(length) for outcome in result.outcomes for length in outcome.accuracy})
+    rows = []
+    for outcome in result.outcomes:
+        found = [outcome.accuracy.get(str(length)) for length in lengths]
+        loss = "" if outcome.loss is None else f"{outcome.loss:.3f}"
+        cells = ["" if share is None else f"{share:.3f}" for share in found]
+        rows.append([outcome.mechanism, str(outcome.steps), loss, *cells])
+    return ["mechanism", "steps", "loss", *map(str, lengths)], rows
+
+
+def page(results: Sequence[StudyResult], command: str) -> str:
+    """One section a study; ``command``: what wrote the page."""
+    lines = ["# Finding things far back", ""]
+    lines += paragraph(
+        "Small models that differ in their attention alone, trained for equal time and tested at lengths that they "
+        "never saw. Written by `"
+        + command
+        + "`. No figure is typed by hand; equal time means more steps for a faster mechanism."
+    )
+    for result in results:
+        facts = result.fingerprint
+        lines += [f"## {facts['task']}", ""]
+        lines += paragraph(_TASKS.get(facts["task"], ""))
+        lines += paragraph(
+            f"{facts['depth']} layers of {facts['num_heads']} heads, {facts['embed_dim']} channels, no "
+            f"positions; {facts['seconds']:.0f} s of training a mechanism at up to {facts['length']} tokens. Share of "
+            "right answers by length of the test:"
+        )
+        lines += table(*rows_of(result))
+        for outcome in result.outcomes:
+            options = ", ".join(f"{name}={value}" for name, value in outcome.options.items()) or "its defaults"
+            lines += [f"- {outcome.mechanism}: {outcome.reason or options}"]
+        lines += [""]
+    return "\n".join(lines)
