@@ -33,9 +33,8 @@ def page(results: Sequence[StudyResult], command: str) -> str:
     lines = ["# Finding things far back", ""]
     lines += paragraph(
         "Small models that differ in their attention alone, trained for equal time and tested at lengths that they "
-        "never saw. Written by `"
-        + command
-        + "`. No figure is typed by hand; equal time means more steps for a faster mechanism."
+        f"never saw. Written by `{command}`; no figure is typed by hand. Equal time means more steps for a faster "
+        "mechanism."
     )
     for result in results:
         facts = result.fingerprint

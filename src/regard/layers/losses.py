@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError
 from regard.kernels.shapes import accumulation_dtype
 
-__all__ = ["category_consistent_loss"]
+__all__ = ["SparsityLagrangian", "category_consistent_loss", "warmed_target"]
 
 
 def category_consistent_loss(
@@ -62,3 +64,50 @@ def category_consistent_loss(
         apart = torch.linalg.vector_norm(means[first] - means[second], dim=-1)
         loss = loss + beta * (2 * delta_d - apart).clamp_min(0).square().mean()
     return loss + gamma * torch.linalg.vector_norm(means, dim=-1).mean()
+
+
+def warmed_target(step: int, warmup: int, start: float, end: float) -> float:
+    """A target that goes linearly from ``start`` to ``end`` over ``warmup`` steps and stays there."""
+    return end if step >= warmup else start + (end - start) * step / warmup
+
+
+class SparsityLagrangian(nn.Module):
+    """A sparsity bound to its target, task by task: ``lambda1 |s - s*| + lambda2 (s - s*)^2``.
+
+    tasks: their names, or how many there are. The multipliers begin uniform in ``[0, initial]`` and are to be raised
+    along their gradients ``|s - s*|`` and ``(s - s*)^2`` while everything else descends: give them to an optimizer with
+    ``maximize=True``. They grow as long as the target is missed.
+
+    "Flux Attention", 2026, arXiv 2604.07394.
+    """
+
+    def __init__(self, tasks: int | Sequence[str], initial: float = 0.5) -> None:
+        super().__init__()
+        self.tasks = tuple(map(str, range(tasks))) if isinstance(tasks, int) else tuple(tasks)
+        if not self.tasks or initial < 0:
+            raise OptionError(f"Need at least one task and initial >= 0, got {self.tasks} and {initial}.")
+        self.lambda1, self.lambda2 = (nn.Parameter(initial * torch.rand(len(self.tasks))) for _ in range(2))
+
+    def loss(self, model_sparsity: Tensor, target: float | Tensor, task: Tensor | Sequence[str]) -> Tensor:
+        """The mean over the tasks present of the mean over their samples.
+
+        model_sparsity ``(batch,)``: share of a sample's layers (or heads) that are sparse. target: one number or
+        ``(batch,)``. task ``(batch,)``: index or name of each sample's task.
+        """
+        if isinstance(task, Tensor):
+            index = task.to(model_sparsity.device)
+        else:
+            unknown = [name for name in task if name not in self.tasks]
+            if unknown:
+                raise OptionError(f"There is no task {unknown[0]!r}; there are {', '.join(self.tasks)}.")
+            index = torch.tensor([self.tasks.index(name) for name in task], device=model_sparsity.device)
+        if model_sparsity.dim() != 1 or index.shape != model_sparsity.shape:
+            raise ShapeError(
+                f"Sparsity and task are one number a sample, (batch,); got {tuple(model_sparsity.shape)} and "
+                f"{tuple(index.shape)}."
+            )
+        gap = model_sparsity.to(self.lambda1.dtype) - target
+        each = self.lambda1[index] * gap.abs() + self.lambda2[index] * gap.square()
+        _, member = index.unique(return_inverse=True)
+        count = torch.zeros_like(each).index_add(0, member, torch.ones_like(each))
+        return (each / count[member]).sum() / (count > 0).sum()

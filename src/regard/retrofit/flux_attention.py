@@ -33,6 +33,10 @@ class FluxHandle(Handle):
         super().__init__(modules, closing)
         self.layers = [cast(FluxAttention, module) for module in self.modules.values()]
 
+    def __enter__(self) -> FluxHandle:
+        super().__enter__()
+        return self
+
     def decisions(self) -> Tensor:
         """What the last pass decided, ``(batch, layers)``: 1 for full, 0 for sparse, with gradient in training."""
         found = [layer.routing for layer in self.layers]
@@ -83,8 +87,8 @@ def attach_flux(model: nn.Module, layers: Selector = None, *, freeze: bool = Tru
     Routers read a layer's queries before rotary positions where the layer has a module named ``q_norm``, ``q_proj`` or
     ``query`` that makes them, and else as attention gets them.
 
-    Raises RetrofitError for layers that are not causal self-attention when they are first called, and what
-    :func:`regard.retrofit` raises.
+    Raises what :func:`regard.retrofit` raises; a layer that is not causal self-attention is refused when it is first
+    called (leave it out with ``layers``).
     """
     sites = select(discover(model), layers)
     inner = retrofit(model, "flux_attention", layers, **{"keep_decision": True, **options})

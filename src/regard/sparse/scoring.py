@@ -1,4 +1,4 @@
-"""How selectors score blocks: by means, by largest tokens, by samples; and where blocks stand.
+"""How selectors score blocks: by means, by largest tokens, by samples, by anti-diagonals; and where blocks stand.
 
 The frame of this folder is score -> select -> layout -> execute -> correct (:mod:`regard.sparse.frame`); this module
 and :mod:`regard.sparse.selection` hold the first two steps as far as papers share them.
@@ -6,6 +6,7 @@ and :mod:`regard.sparse.selection` hold the first two steps as far as papers sha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.kernels import accumulation_dtype, expand_groups
+from regard.errors import OptionError
+from regard.kernels import accumulation_dtype, expand_groups, masked_softmax
 from regard.layout import BlockLayout, num_blocks
 from regard.masks import Everything
 
@@ -24,6 +26,7 @@ __all__ = [
     "Reduction",
     "RowTotal",
     "Score",
+    "antidiagonal_scores",
     "block_counts",
     "block_has",
     "block_index",
@@ -174,7 +177,50 @@ def sampled_scores(
     return _largest(query, key, view, (share, seed), minus, reduce)
 
 
-SCORES: dict[str, Score] = {"mean": mean_scores, "max": max_scores, "sampled": sampled_scores}
+@torch.no_grad()
+def antidiagonal_scores(query: Tensor, key: Tensor, view: BlockView, stride: int = 16) -> Tensor:
+    """The logarithm of the attention that a block of queries pays to a block of keys, told by anti-diagonals.
+
+    Queries and keys are cut into groups of ``stride`` tokens; two groups have the logit ``scale / stride * sum_s
+    q_(stride-1-s) . k_s``, one anti-diagonal of their square of token logits. It crosses every vertical, and slashes
+    of odd lag (``stride`` being even): those of even lag go between its tokens. Each group of queries has a softmax
+    over the groups of keys that it may see, summed over blocks. Where ``stride`` does not divide both block sizes,
+    what it has in common with them does. Forms ``1 / stride^2`` of all logits, each over ``stride`` times as many
+    numbers.
+
+    Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", 2025, arXiv 2503.16428, section 2.1.
+    """
+    layout = view.layout
+    if stride < 1:
+        raise OptionError(f"stride counts the tokens of a group, at least 1; got {stride}.")
+    stride = math.gcd(stride, view.block_q, view.block_k)
+    work, device = accumulation_dtype(query.dtype), query.device
+    key = per_kv_head(key, view.keys).to(work)
+    groups = BlockLayout.of(layout.mask, layout.q_len, layout.k_len, stride, stride, device).visit
+    if view.keys is not None:
+        key = torch.where(view.keys[..., None], key, 0)
+        groups = groups & block_has(view.keys, stride)[:, :, None]
+    # One product of long vectors: the queries of a group backwards, the keys forwards.
+    queries = split_blocks(query.to(work), stride).flip(-2).flatten(-2) * (view.scale / stride)
+    keys = split_blocks(key, stride).flatten(-2)
+    per_q, per_k = view.block_q // stride, view.block_k // stride
+    room = num_blocks(layout.k_len, view.block_k) * per_k - keys.shape[2]
+    step = max(_AREA // (query.shape[0] * query.shape[1] * per_q * keys.shape[2]), 1) * per_q
+    rows = []
+    for start in range(0, queries.shape[2], step):
+        part = slice(start, start + step)
+        shares = masked_softmax(grouped_scores(queries[:, :, part], keys), groups[:, :, part])
+        shares = F.pad(shares, (0, room)).unflatten(-1, (-1, per_k)).sum(-1)
+        rows.append(split_blocks(shares, per_q).sum(-2))
+    return torch.cat(rows, 2).log()
+
+
+SCORES: dict[str, Score] = {
+    "mean": mean_scores,
+    "max": max_scores,
+    "sampled": sampled_scores,
+    "antidiagonal": antidiagonal_scores,
+}
 """Scores by name."""
 
 

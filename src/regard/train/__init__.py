@@ -1,0 +1,1 @@
+"""Training methods that papers bring with their attention: distillation, adapters, losses."""
