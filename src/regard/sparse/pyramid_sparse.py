@@ -31,8 +31,7 @@ later tokens too; in :func:`pyramid_attention`, where levels are given, a mean i
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -49,7 +48,7 @@ from regard.mechanism import Request
 from regard.registry import register
 from regard.sparse.frame import BlockSelector
 from regard.sparse.scoring import BlockView, Reduction, block_counts, pool_blocks, sampled_scores
-from regard.sparse.selection import top_k_mask
+from regard.sparse.selection import reordered_request, top_k_mask
 
 __all__ = [
     "TOPK_RATIOS",
@@ -251,6 +250,11 @@ def _filled(x: Tensor, short: int) -> Tensor:
     return torch.cat((x, x[:, :, -1:].expand(-1, -1, short, -1)), 2) if short else x
 
 
+def _levels(ratios: Mapping[Any, Sequence[float]]) -> Ratios:
+    """Levels by number, also where a file has their names as text."""
+    return {int(level): (float(low), float(high)) for level, (low, high) in ratios.items()}
+
+
 @register("pyramid_sparse")
 class PyramidSparseAttention(BlockSelector):
     """block_q, block_k: tokens a block; block_k is a multiple of the highest level. ratios, mode, align: as in
@@ -286,7 +290,7 @@ class PyramidSparseAttention(BlockSelector):
         super().__init__(block_q, block_k)
         if mode not in ("topk", "threshold"):
             raise OptionError(f"mode is 'topk' or 'threshold', got {mode!r}.")
-        self.ratios = (VIDEO_THRESHOLDS if mode == "threshold" else TOPK_RATIOS) if ratios is None else dict(ratios)
+        self.ratios = (VIDEO_THRESHOLDS if mode == "threshold" else TOPK_RATIOS) if ratios is None else _levels(ratios)
         self.level_names = [level for level, _ in _ends(self.ratios)]
         if block_k % self.level_names[-1]:
             raise OptionError(f"block_k={block_k} is no multiple of the highest level, {self.level_names[-1]}.")
@@ -334,7 +338,7 @@ class PyramidSparseAttention(BlockSelector):
         place = self._order(query, key, request)
         if place is not None:
             query, key, value = (t[:, :, place] for t in (query, key, value))
-            request = _reordered(request, place)
+            request = reordered_request(request, place)
         view = self.view(query, key, request)
         levels = self.levels(query, key, view)
         out = _attend(
@@ -345,7 +349,7 @@ class PyramidSparseAttention(BlockSelector):
     def computed_pairs(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> float | None:
         place = self._order(query, key, request)
         if place is not None:
-            query, key, request = query[:, :, place], key[:, :, place], _reordered(request, place)
+            query, key, request = query[:, :, place], key[:, :, place], reordered_request(request, place)
         view = self.view(query, key, request)
         levels = self.levels(query, key, view)
         return sum(view.layout.only(levels == level).density() / level for level in self.level_names)
@@ -373,12 +377,3 @@ def _holds_text(length: int, block: int, text: int, device: torch.device) -> Ten
     """Blocks with any of the last ``text`` tokens."""
     end = (torch.arange(num_blocks(length, block), device=device) + 1) * block
     return end > length - text
-
-
-def _reordered(request: Request, place: Tensor) -> Request:
-    changes: dict[str, Any] = {}
-    if request.mask is not None:
-        changes["mask"] = request.mask.permuted(place, place)
-    if request.keys is not None:
-        changes["keys"] = request.keys[..., place]
-    return dataclasses.replace(request, **changes)

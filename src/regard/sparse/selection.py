@@ -5,9 +5,10 @@ Scores carry both: ``+inf`` is always chosen, ``-inf`` never.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ __all__ = [
     "TopK",
     "TopP",
     "prefix_top_k",
+    "reordered_request",
     "settle_mask",
     "top_k_mask",
     "top_p_mask",
@@ -46,6 +48,16 @@ def settle_mask(request: Request, q_len: int, k_len: int) -> tuple[Mask | None, 
     if request.causal:
         return (Causal() if mask is None else mask & Causal()), keys
     return mask, keys
+
+
+def reordered_request(request: Request, place: Tensor) -> Request:
+    """The request for self-attention over reordered tokens: at place ``i`` stands token ``place[i]``."""
+    changes: dict[str, Any] = {}
+    if request.mask is not None:
+        changes["mask"] = request.mask.permuted(place, place)
+    if request.keys is not None:
+        changes["keys"] = request.keys[..., place]
+    return dataclasses.replace(request, **changes)
 
 
 def top_k_mask(scores: Tensor, top_k: int | Tensor) -> Tensor:
