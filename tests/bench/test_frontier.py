@@ -47,6 +47,8 @@ def test_overlap_is_the_mass_on_the_chosen_keys() -> None:
     torch.testing.assert_close(mass_recall(query, key, layout, causal=True), expected)
     estimate = torch.stack([attention_overlap(window, query, key, causal=True, columns=45, seed=s) for s in range(20)])
     torch.testing.assert_close(estimate.mean(0), expected, atol=0.02, rtol=0)
+    some = torch.stack([attention_overlap(window, query, key, causal=True, rows=30, seed=s) for s in range(30)])
+    torch.testing.assert_close(some.mean(0), expected, atol=0.03, rtol=0)
     everything = SlidingWindowAttention(window=90)
     ones = torch.ones(1, 2, dtype=torch.float64)
     torch.testing.assert_close(attention_overlap(everything, query, key, causal=True, columns=20), ones)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from regard.bench.kept import load_kept, save_kept
 from regard.bench.measure import peak_bytes, seconds
 from regard.bench.subjects import (
     Subject,
@@ -30,7 +30,7 @@ from regard.bench.subjects import (
     text_bytes,
     token_windows,
 )
-from regard.errors import FileFormatError, OptionError, RegardError
+from regard.errors import OptionError, RegardError
 from regard.mechanism import Mechanism
 from regard.registry import catalogue, describe, get
 
@@ -102,26 +102,16 @@ class Comparison:
 
     def save(self, folder: Path) -> None:
         """Write ``results.json``, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "results.json.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / "results.json")
+        save_kept(folder / "results.json", asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Comparison | None:
         """What an earlier run left in ``folder``; None if there is nothing."""
-        file = folder / "results.json"
-        if not file.is_file():
-            return None
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-            if raw["version"] != VERSION:
-                raise ValueError(f"version {raw['version']}, expected {VERSION}")
-            return cls(raw["fingerprint"], raw["reference"], [Row(**row) for row in raw["rows"]])
-        except (ValueError, KeyError, TypeError) as error:
-            raise FileFormatError(
-                f"{file} is not a comparison this version can continue ({error}). Give another --out, or remove it."
-            ) from error
+        return load_kept(folder / "results.json", VERSION, cls._read, "a comparison")
+
+    @classmethod
+    def _read(cls, raw: dict[str, Any]) -> Comparison:
+        return cls(raw["fingerprint"], raw["reference"], [Row(**row) for row in raw["rows"]])
 
 
 def applicable(name: str) -> str:

@@ -8,7 +8,6 @@ oracle, which knows the true attention mass of every block, and static patterns 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.bench.fields import field_tokens
+from regard.bench.kept import load_kept, save_kept
 from regard.bench.subjects import (
     Subject,
     load_subject,
@@ -32,7 +32,7 @@ from regard.bench.subjects import (
     text_bytes,
     token_windows,
 )
-from regard.errors import FileFormatError, OptionError, RegardError
+from regard.errors import OptionError, RegardError
 from regard.mechanism import Mechanism
 from regard.registry import build, catalogue, describe, get
 from regard.sparse.frame import compose
@@ -49,7 +49,7 @@ TENSORS = ("fields", "noise")
 GRID = (8, 16, 16)
 """Frames, height and width of the tensor workloads: 2048 tokens."""
 _HEADS, _HEAD_DIM = 4, 64
-_COLUMNS = 512
+_COLUMNS, _ROWS = 256, 1024
 _DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.7)
 
 
@@ -182,26 +182,16 @@ class Frontier:
 
     def save(self, folder: Path) -> None:
         """Write ``frontier.json``, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_file = folder / "frontier.json.partial"
-        partial_file.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial_file.replace(folder / "frontier.json")
+        save_kept(folder / "frontier.json", asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Frontier | None:
         """What an earlier run left in ``folder``; None if there is nothing."""
-        file = folder / "frontier.json"
-        if not file.is_file():
-            return None
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-            if raw["version"] != VERSION:
-                raise ValueError(f"version {raw['version']}, expected {VERSION}")
-            return cls(raw["fingerprint"], raw["full"], [Point(**point) for point in raw["points"]])
-        except (ValueError, KeyError, TypeError) as error:
-            raise FileFormatError(
-                f"{file} is not a frontier this version can continue ({error}). Give another --out, or remove it."
-            ) from error
+        return load_kept(folder / "frontier.json", VERSION, cls._read, "a frontier")
+
+    @classmethod
+    def _read(cls, raw: dict[str, Any]) -> Frontier:
+        return cls(raw["fingerprint"], raw["full"], [Point(**point) for point in raw["points"]])
 
 
 def frontier(
@@ -315,7 +305,7 @@ def _on_text(subject: Subject, windows: Tensor, setting: Setting, point: Point) 
         for mechanism, inputs, keywords in mechanism_calls(subject.model, list(handle.modules.values()), windows[0]):
             full = (len(windows[0]) + 1) / (2 * len(windows[0]))
             shares.append((mechanism.pairs(*inputs, **keywords) or 0.0) / full)
-            overlap = attention_overlap(mechanism, inputs[0], inputs[1], columns=_COLUMNS, **keywords)
+            overlap = attention_overlap(mechanism, inputs[0], inputs[1], columns=_COLUMNS, rows=_ROWS, **keywords)
             kept.append(float(overlap.mean()))
     point.density, point.recall = statistics.mean(shares), statistics.mean(kept)
 
@@ -358,4 +348,4 @@ def _on_tensors(tensors: Sequence[Tensor], setting: Setting, point: Point) -> No
     expected = F.scaled_dot_product_attention(query, key, value)
     point.error = float((out - expected).norm() / expected.norm())
     point.density = mechanism.pairs(query, key, value, grid=grid)
-    point.recall = float(attention_overlap(mechanism, query, key, columns=_COLUMNS, grid=grid).mean())
+    point.recall = float(attention_overlap(mechanism, query, key, columns=_COLUMNS, rows=_ROWS, grid=grid).mean())

@@ -6,7 +6,6 @@ where it was.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,11 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from regard.bench.kept import load_kept, save_kept
 from regard.bench.recall import PairedRecall
 from regard.bench.retrieval import Passkey
 from regard.bench.tasks import MultiQueryRecall, Task
 from regard.bench.training import evaluate
-from regard.errors import FileFormatError, OptionError, RegardError, UnknownNameError
+from regard.errors import OptionError, RegardError, UnknownNameError
 from regard.models.sequence import SequenceModel
 from regard.registry import describe
 
@@ -119,26 +119,16 @@ class StudyResult:
 
     def save(self, folder: Path) -> None:
         """Write ``study.json``, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "study.json.partial"
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        partial.replace(folder / "study.json")
+        save_kept(folder / "study.json", asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> StudyResult | None:
         """What an earlier run left in ``folder``; None if there is nothing."""
-        file = folder / "study.json"
-        if not file.is_file():
-            return None
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-            if raw["version"] != VERSION:
-                raise ValueError(f"version {raw['version']}, expected {VERSION}")
-            return cls(raw["fingerprint"], [Outcome(**outcome) for outcome in raw["outcomes"]])
-        except (ValueError, KeyError, TypeError) as error:
-            raise FileFormatError(
-                f"{file} is not a study this version can continue ({error}). Give another --out, or remove it."
-            ) from error
+        return load_kept(folder / "study.json", VERSION, cls._read, "a study")
+
+    @classmethod
+    def _read(cls, raw: dict[str, Any]) -> StudyResult:
+        return cls(raw["fingerprint"], [Outcome(**outcome) for outcome in raw["outcomes"]])
 
 
 def parse_seconds(text: str) -> float:

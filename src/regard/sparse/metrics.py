@@ -107,6 +107,7 @@ def attention_overlap(
     key: Tensor,
     *,
     columns: int | None = None,
+    rows: int | None = None,
     first: int = 64,
     seed: int = 0,
     causal: bool = False,
@@ -119,34 +120,36 @@ def attention_overlap(
 
     For softmax over a choice of keys this is the share of full attention's weight on the keys chosen; where left-out
     keys are stood for by others, it counts what comes out at the right place. columns: an estimate from the ``first``
-    keys and a random choice of others, this many in all.
+    keys and a random choice of others, this many in all; rows: from a random choice of this many queries.
     """
     request = mechanism.request(query, key, key, causal, mask, grid, scale)
     batch, heads, q_len, _ = query.shape
     k_len, work = key.shape[2], accumulation_dtype(query.dtype)
     rule = (Everything() if request.visible is None else request.visible).to(query.device)
+    generator = torch.Generator().manual_seed(seed)
     chosen, factor = torch.arange(k_len), torch.ones(k_len, dtype=work)
     if columns is not None and columns < k_len:
         first = min(first, columns)
-        rest = torch.randperm(k_len - first, generator=torch.Generator().manual_seed(seed))[: columns - first] + first
+        rest = torch.randperm(k_len - first, generator=generator)[: columns - first] + first
         chosen = torch.cat((torch.arange(first), rest.sort().values))
         factor = torch.cat((torch.ones(first), torch.full((len(rest),), (k_len - first) / max(len(rest), 1)))).to(work)
+    asked = torch.randperm(q_len, generator=generator)[:rows].sort().values.to(query.device)
     chosen, factor = chosen.to(query.device), factor.to(query.device)
-    scores = score_scale(query, request.scale) * query.to(work)
     every = torch.arange(k_len, device=query.device).view(1, 1, 1, -1)
-    common, known = torch.zeros(2, batch, heads, q_len, dtype=work, device=query.device)
     parts = chosen.split(512)
-    implied = [_columns(mechanism, query, key, part, request) for part in parts]
+    implied = [_columns(mechanism, query, key, part, request)[:, :, asked] for part in parts]
+    common, known = torch.zeros(2, batch, heads, dtype=work, device=query.device)
     step = max(_AREA // (batch * heads * k_len), 1)
-    for start in range(0, q_len, step):
-        rows = torch.arange(start, min(start + step, q_len), device=query.device)
-        seen = rule.at(rows.view(1, 1, -1, 1), every, q_len, k_len)
-        weights = masked_softmax(grouped_scores(scores[:, :, rows], key.to(work)), seen)
+    for start in range(0, len(asked), step):
+        some = asked[start : start + step]
+        seen = rule.at(some.view(1, 1, -1, 1), every, q_len, k_len)
+        logits = grouped_scores(score_scale(query, request.scale) * query[:, :, some].to(work), key.to(work))
+        weights = masked_softmax(logits, seen)
         for part, theirs, scaled in zip(parts, implied, factor.split(512), strict=True):
             here = weights[..., part]
-            common[:, :, rows] += torch.minimum(here, theirs[:, :, rows].to(work)) @ scaled
-            known[:, :, rows] += here @ scaled
-    return common.sum(-1) / known.sum(-1)
+            least = torch.minimum(here, theirs[:, :, start : start + step].to(work))
+            common, known = common + (least @ scaled).sum(-1), known + (here @ scaled).sum(-1)
+    return common / known
 
 
 def _columns(mechanism: Mechanism, query: Tensor, key: Tensor, part: Tensor, request: Request) -> Tensor:
