@@ -103,8 +103,10 @@ class _Gather(torch.autograd.Function):
         work, (batch, heads) = lse.dtype, query.shape[:2]
         keys, values = expand_groups(key, heads).to(work), expand_groups(value, heads).to(work)
         grad_query = torch.empty_like(query)
-        grad_key, grad_value = torch.zeros_like(keys), torch.zeros_like(values)
-        grad_bias = torch.zeros_like(bias, dtype=work)
+        # Written through flat views, so contiguous whatever the layout of the inputs.
+        grad_key, grad_value, grad_bias = (
+            torch.zeros_like(t, dtype=work, memory_format=torch.contiguous_format) for t in (keys, values, bias)
+        )
         offset = torch.arange(batch * heads, device=query.device).view(batch, heads, 1, 1) * key.shape[2]
         for rows in _stretches(query, indices):
             index = indices[:, :, rows]
