@@ -22,7 +22,6 @@ from regard.sparse.frame import compose
 from regard.sparse.scoring import antidiagonal_scores
 from regard.sparse.selection import TopP
 
-paper = pytest.mark.paper("flux_attention")
 TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 SMALL: dict[str, Any] = {"pool": 3, "sink": 4, "local": 8, "block_size": 4}
 
@@ -77,7 +76,7 @@ def tokens(batch: int = 6, length: int = 29) -> Tensor:
     return torch.randint(11, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_all_full_is_the_backbone_and_all_sparse_the_sparse_model() -> None:
     model, ids = backbone(), tokens()
     before = model(ids)
@@ -104,7 +103,7 @@ def _as_mask(seen: Tensor) -> Any:
     return Boolean(seen)
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 @pytest.mark.parametrize("sink, local", [(4, 36), (0, 37), (40, 1), (16, 24)])
 def test_streaming_over_the_whole_length_is_full_causal_attention(sink: int, local: int) -> None:
     query, key, value = qkv()
@@ -113,7 +112,7 @@ def test_streaming_over_the_whole_length_is_full_causal_attention(sink: int, loc
     torch.testing.assert_close(module(query, key, value, causal=True), causal(query, key, value), **TIGHT)
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_streaming_sees_the_sink_and_the_recent_blocks() -> None:
     query, key, value = qkv()
     module = small(sink=3, local=7)  # rounded up to one block and two
@@ -124,7 +123,7 @@ def test_streaming_sees_the_sink_and_the_recent_blocks() -> None:
     torch.testing.assert_close(later, out[:, :, -9:], **TIGHT)
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 @pytest.mark.parametrize("sparse", ["streaming", "triangle", "xattn", "topk"])
 def test_the_mix_in_training_is_the_branch_chosen_at_inference(sparse: str) -> None:
     query, key, value = qkv(batch=8)
@@ -144,7 +143,7 @@ def test_the_mix_in_training_is_the_branch_chosen_at_inference(sparse: str) -> N
     assert not torch.allclose(outputs["full"], outputs["sparse"], atol=1e-3)
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_dispatch_gives_each_sample_its_branch() -> None:
     query, key, value = qkv(batch=12)
     module = small()
@@ -164,7 +163,7 @@ def test_dispatch_gives_each_sample_its_branch() -> None:
     torch.testing.assert_close(weights @ value.repeat_interleave(2, 1), module(query, key, value, causal=True), **TIGHT)
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_at_first_every_layer_is_full() -> None:
     for seed in range(3):
         torch.manual_seed(seed)
@@ -179,7 +178,7 @@ def test_at_first_every_layer_is_full() -> None:
         assert bool((handle.decisions() == 1).all())
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_the_router_reads_the_first_and_last_tokens_of_the_span_alone() -> None:
     query = qkv(40)[0]
     router = LayerRouter(8, pool=5).double().eval()
@@ -202,7 +201,7 @@ def test_the_router_reads_the_first_and_last_tokens_of_the_span_alone() -> None:
         router(query, (0, 41))
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_the_first_layers_decision_does_not_see_the_middle_of_a_prompt() -> None:
     model, ids = backbone(), tokens()
     other = ids.clone()
@@ -217,7 +216,7 @@ def test_the_first_layers_decision_does_not_see_the_middle_of_a_prompt() -> None
     assert not torch.allclose(found[0][1], found[1][1])
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_padding_is_no_part_of_the_prompt() -> None:
     query, key, value = qkv(20, batch=2)
     module = small()
@@ -230,7 +229,7 @@ def test_padding_is_no_part_of_the_prompt() -> None:
     torch.testing.assert_close(module.routing.logits[1:], alone.logits, **TIGHT)
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_multipliers_climb_along_the_gap_and_its_square() -> None:
     torch.manual_seed(0)
     constraint = SparsityLagrangian(["qa", "code", "chat"]).double()
@@ -261,7 +260,7 @@ def test_multipliers_climb_along_the_gap_and_its_square() -> None:
     assert [warmed_target(step, 4, 0.0, 0.4) for step in (0, 1, 4, 9)] == pytest.approx([0, 0.1, 0.4, 0.4])
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_training_moves_the_routers_to_the_target_and_leaves_the_backbone() -> None:
     model, ids = backbone(depth=4).float(), tokens()
     before = copy.deepcopy(model.state_dict())
@@ -290,7 +289,7 @@ def test_training_moves_the_routers_to_the_target_and_leaves_the_backbone() -> N
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 @pytest.mark.parametrize("mode", ["route", "full", "sparse"])
 def test_decoding_keeps_the_decision_and_little_of_sparse_layers(mode: str) -> None:
     query, key, value = qkv(45, batch=12)
@@ -338,7 +337,7 @@ def _qwen3() -> Any:
     return Qwen3ForCausalLM(Qwen3Config(vocab_size=61, max_position_embeddings=64, **sizes, **heads))
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 @pytest.mark.parametrize("build, source", [(_llama, "q_proj"), (_qwen3, "q_norm")])
 def test_on_transformers_routers_read_queries_before_rotary_positions(build: Any, source: str) -> None:
     pytest.importorskip("transformers")
@@ -357,7 +356,7 @@ def test_on_transformers_routers_read_queries_before_rotary_positions(build: Any
     watch.remove()
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_generation_keeps_the_decision_of_the_prompt() -> None:
     pytest.importorskip("transformers")
     model = _llama().eval()
@@ -385,7 +384,7 @@ def test_generation_keeps_the_decision_of_the_prompt() -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), plain)
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_antidiagonal_scores_by_hand() -> None:
     query, key, value = qkv(29, batch=2)
     module = compose("antidiagonal", block_q=8, block_k=4)
@@ -413,7 +412,7 @@ def test_antidiagonal_scores_by_hand() -> None:
         torch.testing.assert_close(scores[b], expected, **TIGHT)
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_antidiagonals_meet_verticals_and_slashes_of_odd_lag() -> None:
     found = {}
     for lag in (None, 21, 20):
@@ -431,7 +430,7 @@ def test_antidiagonals_meet_verticals_and_slashes_of_odd_lag() -> None:
     assert found == {None: True, 21: True, 20: False}
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_the_other_branches() -> None:
     query, key, value = qkv()
     chosen = small(sparse="topk", top_k=5)
@@ -452,7 +451,7 @@ def test_the_other_branches() -> None:
         torch.testing.assert_close(own(query, key, value, causal=True), causal(query, key, value), **TIGHT)
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_the_table_of_decisions() -> None:
     decisions = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0.0]])
     table = routing_table(decisions, ["qa", "qa", "code"])
@@ -465,7 +464,7 @@ def test_the_table_of_decisions() -> None:
         routing_table(decisions, ["qa"])
 
 
-@paper
+@pytest.mark.paper("flux_attention")
 def test_pairs_are_those_of_the_branches_chosen() -> None:
     query, key, _ = qkv(40, batch=12)
     module = small()

@@ -18,7 +18,6 @@ from regard.models.vit import VisionTransformer
 from regard.sparse.sparsifiner import ConnectivityPredictor, SparsifinerAttention, mask_flops
 from regard.train.sparsifiner import teacher_maps, train_backbone, train_predictors, train_sparsifiner
 
-paper = pytest.mark.paper("sparsifiner")
 TIGHT = {"rtol": 1e-9, "atol": 1e-10}
 TOKENS, DIM = 26, 8
 SIZES: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0}
@@ -59,7 +58,7 @@ def images(count: int = 6) -> Tensor:
     return torch.randn(count, 1, 10, 10, generator=torch.Generator().manual_seed(2))
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 @pytest.mark.parametrize("executor", ["gathered", "masked"])
 def test_keeping_everything_is_dense_attention(executor: str) -> None:
     query, key, value = qkv(kv_heads=2)
@@ -70,7 +69,7 @@ def test_keeping_everything_is_dense_attention(executor: str) -> None:
     torch.testing.assert_close(student(images()), teacher(images()))
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 @pytest.mark.parametrize("keep", [0.01, 0.25, 0.5, 1.0])
 def test_every_row_has_its_budget_and_the_class_token_sees_all(keep: float) -> None:
     query, key, _ = qkv()
@@ -87,7 +86,7 @@ def test_every_row_has_its_budget_and_the_class_token_sees_all(keep: float) -> N
     assert bool((plain.mask.sum(-1) == math.ceil(keep * TOKENS)).all())
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 def test_masks_differ_between_images_and_between_heads() -> None:
     query, key, _ = qkv(batch=3)
     mask = predictor()(query, key).mask
@@ -95,7 +94,7 @@ def test_masks_differ_between_images_and_between_heads() -> None:
         assert float((first ^ second).float().mean()) > 0.05
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 def test_the_map_by_hand() -> None:
     query, key, _ = qkv(batch=1, heads=4, kv_heads=2)
     module = predictor()
@@ -120,7 +119,7 @@ def test_the_map_by_hand() -> None:
     assert SparsifinerAttention(DIM, 4, tokens=TOKENS, official=True).predictor.scale == 0.5
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 def test_the_choice_has_no_gradient_and_the_reconstruction_has_one() -> None:
     student, teacher = models()
     student.train()
@@ -143,7 +142,7 @@ def test_the_choice_has_no_gradient_and_the_reconstruction_has_one() -> None:
             assert parameter.grad is not None and bool(parameter.grad.any())
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 def test_the_map_has_low_rank_and_the_reconstruction_loss_fits_it() -> None:
     torch.manual_seed(0)
     query, key, _ = qkv(batch=1)
@@ -167,7 +166,7 @@ def test_the_map_has_low_rank_and_the_reconstruction_loss_fits_it() -> None:
     assert float(values[..., rank:].max()) < 1e-12 < float(values[..., 0].min())
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 def test_gathered_attention_is_masked_dense_attention() -> None:
     query, key, value = qkv(kv_heads=2)
     gathered, masked = attention(), attention(executor="masked")
@@ -188,7 +187,7 @@ def test_gathered_attention_is_masked_dense_attention() -> None:
         torch.testing.assert_close(two, 2 * one.grad, **TIGHT)  # type: ignore[operator]
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 def test_hidden_tokens_are_chosen_by_nobody() -> None:
     query, key, _ = qkv()
     valid = torch.ones(2, TOKENS, dtype=torch.bool)
@@ -200,7 +199,7 @@ def test_hidden_tokens_are_chosen_by_nobody() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, TOKENS, dtype=torch.float64))
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 def test_another_image_size_interpolates_over_the_square() -> None:
     module = ConnectivityPredictor(DIM, 17, reduce_n=4).double()
     with torch.no_grad():
@@ -216,7 +215,7 @@ def test_another_image_size_interpolates_over_the_square() -> None:
         assert module(query, key).mask.shape[-2:] == (length, length)
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 def test_tokens_are_pruned_by_what_the_class_token_looks_at() -> None:
     student, _ = models(token_keep=0.6, prune_at=(0, 1))
     logits, tokens, kept = student.features(images())
@@ -234,7 +233,7 @@ def test_tokens_are_pruned_by_what_the_class_token_looks_at() -> None:
     assert not torch.allclose(plain(images()), logits)
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 def test_operations_are_counted() -> None:
     query, key, _ = qkv()
     module = predictor()
@@ -254,7 +253,7 @@ def test_operations_are_counted() -> None:
     assert 0.4 < flops.reduction < 0.75
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 def test_losses_by_hand() -> None:
     generator = torch.Generator().manual_seed(3)
     approx, teacher = torch.rand(2, 3, 4, 5, generator=generator), torch.rand(2, 3, 5, 5, generator=generator)
@@ -280,7 +279,7 @@ def test_losses_by_hand() -> None:
         cls_distillation(student, wanted[:, :3])
 
 
-@paper
+@pytest.mark.paper("sparsifiner")
 def test_the_first_stage_moves_predictors_alone_and_the_second_the_rest() -> None:
     student, teacher = models()
     generator = torch.Generator().manual_seed(4)

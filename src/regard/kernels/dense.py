@@ -160,7 +160,7 @@ def _sdpa(
         if visible is not None:
             attn_mask = torch.where(visible, attn_mask, float("-inf"))
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(*torch.broadcast_shapes(attn_mask.shape, (1, 1, q_len, k_len)))
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-2], q_len, k_len)
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     width = max(head_dim, value_dim)
     if not query.is_cuda and head_dim != value_dim and width <= 4 * min(head_dim, value_dim):

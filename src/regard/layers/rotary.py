@@ -16,15 +16,17 @@ def rotary_angles(
     *,
     base: float = 10000.0,
     start: int = 0,
+    step: int = 1,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``(length, head_dim)`` of positions ``start .. start + length - 1``."""
+    """Cosines and sines ``(length, head_dim)`` of ``length`` positions from ``start`` on, ``step`` apart."""
     if head_dim % 2:
         raise OptionError(f"Rotary positions need an even head_dim, got {head_dim}.")
     # Angles are formed in float64: at long lengths float32 loses digits of position times frequency.
     rates = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
-    angles = torch.arange(start, start + length, device=device, dtype=torch.float64)[:, None] * rates
+    position = start + step * torch.arange(length, device=device, dtype=torch.float64)
+    angles = position[:, None] * rates
     angles = torch.cat((angles, angles), -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -160,8 +160,8 @@ def run(report: Callable[[str], None]) -> Finding:
         "on one and, in training with one, over 30 % of the categories have opposed gradients (mean of "
         f"{LOOKS} looks). A conflict that lasts, in more than half of the looks as the released analysis counts, is "
         "rarer here (0.1 of the categories), and by that count the claim would not hold; which of the two counts was "
-        "chosen after both were seen. The log was settled after trials: histories are drawn evenly, so that only a good search finds "
-        "the few behaviours that count. Where they come from few interests, the plain mean of the history tells nearly "
-        "as much and the gain is small (second pair of figures); in trials there at a lower rate it was nil. Public "
-        "data (Taobao, Tmall) need their downloads.",
+        "chosen after both were seen. The log was settled after trials: histories are drawn evenly, so that only a "
+        "good search finds the few behaviours that count. Where they come from few interests, the plain mean of the "
+        "history tells nearly as much and the gain is small (second pair of figures); in trials there at a lower rate "
+        "it was nil. Public data (Taobao, Tmall) need their downloads.",
     )
