@@ -50,6 +50,8 @@ GRID = (8, 16, 16)
 """Frames, height and width of the tensor workloads: 2048 tokens."""
 _HEADS, _HEAD_DIM = 4, 64
 _COLUMNS, _ROWS = 256, 1024
+# Layers of a model whose densities and recalled masses are measured.
+_LAYERS = 3
 _DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.7)
 
 
@@ -302,7 +304,8 @@ def _on_text(subject: Subject, windows: Tensor, setting: Setting, point: Point) 
     with retrofit(subject.model, modules) as handle:
         point.bits_per_byte = _bits_per_byte(subject, windows)
         shares, kept = [], []
-        for mechanism, inputs, keywords in mechanism_calls(subject.model, list(handle.modules.values()), windows[0]):
+        calls = mechanism_calls(subject.model, list(handle.modules.values()), windows[0])
+        for mechanism, inputs, keywords in calls[:: max(len(calls) // _LAYERS, 1)]:
             full = (len(windows[0]) + 1) / (2 * len(windows[0]))
             shares.append((mechanism.pairs(*inputs, **keywords) or 0.0) / full)
             overlap = attention_overlap(mechanism, inputs[0], inputs[1], columns=_COLUMNS, rows=_ROWS, **keywords)
