@@ -87,7 +87,7 @@ def test_what_it_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, index = small(9, 9, 2, dtype=torch.float64)
     with pytest.raises(BackendError, match="key_major"):
         selected_attention(*tensors, index, 8, backend="triton")
-    monkeypatch.setattr(selected_blocks, "_has_triton", lambda: False)
+    monkeypatch.setattr(selected_blocks, "has_triton", lambda: False)
     with pytest.raises(BackendError, match="not installed"):
         selected_attention(*tensors, index, 8, backend="triton")
 
