@@ -298,7 +298,7 @@ def comparison_table(result: Comparison) -> Table:
 @click.option("--text", type=click.Path(), help="File or folder to read [default: held-out standard library].")
 @click.option("--mechanisms", help="Comma-separated names [default: all that have settings to sweep].")
 @click.option("--lengths", default="2048,8192", show_default=True, help="Tokens in a window of text; '' for none.")
-@click.option("--tokens", default=16384, show_default=True, help="Tokens of text at each length.")
+@click.option("--tokens", default=8192, show_default=True, help="Tokens of text at each length.")
 @click.option("--interpolate", is_flag=True, help="Squeeze positions of windows beyond the model's context into it.")
 @click.option(
     "--out",

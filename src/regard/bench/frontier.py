@@ -27,10 +27,10 @@ from regard.bench.subjects import (
     Subject,
     load_subject,
     log_probabilities,
-    mechanism_calls,
     read_text,
     text_bytes,
     token_windows,
+    watched_calls,
 )
 from regard.errors import OptionError, RegardError
 from regard.mechanism import Mechanism
@@ -118,7 +118,7 @@ class Plan:
     text: str | None = None
     mechanisms: tuple[str, ...] = ()
     lengths: tuple[int, ...] = (2048, 8192)
-    tokens: int = 16384
+    tokens: int = 8192
     """Of text at each length."""
     interpolate: bool = False
 
@@ -252,7 +252,7 @@ def frontier(
         windows = token_windows(own, read_text(plan.text), length, max(plan.tokens // length, 1))
         name = f"text {length}"
         if name not in result.full:
-            result.full[name] = _bits_per_byte(own, windows)
+            result.full[name] = _bits_per_byte(own, windows, _nats(own, windows))
         run(name, partial(_on_text, own, windows))
     report(total, total, "done")
     return result
@@ -285,10 +285,14 @@ def stretched(subject: Subject, length: int, interpolate: bool) -> Subject:
     return subject
 
 
-def _bits_per_byte(subject: Subject, windows: Tensor) -> float:
-    nats = sum(
+def _nats(subject: Subject, windows: Tensor) -> float:
+    """Loss summed over all tokens but the first of each window."""
+    return sum(
         float(F.nll_loss(log_probabilities(subject.model, window), window[1:], reduction="sum")) for window in windows
     )
+
+
+def _bits_per_byte(subject: Subject, windows: Tensor, nats: float) -> float:
     return nats / math.log(2) / sum(text_bytes(subject, window[1:]) for window in windows)
 
 
@@ -302,9 +306,10 @@ def _on_text(subject: Subject, windows: Tensor, setting: Setting, point: Point) 
     for module in modules.values():
         module.eval()
     with retrofit(subject.model, modules) as handle:
-        point.bits_per_byte = _bits_per_byte(subject, windows)
+        with watched_calls(list(handle.modules.values())) as calls:
+            nats = _nats(subject, windows[:1])
+        point.bits_per_byte = _bits_per_byte(subject, windows, nats + _nats(subject, windows[1:]))
         shares, kept = [], []
-        calls = mechanism_calls(subject.model, list(handle.modules.values()), windows[0])
         for mechanism, inputs, keywords in calls[:: max(len(calls) // _LAYERS, 1)]:
             full = (len(windows[0]) + 1) / (2 * len(windows[0]))
             shares.append((mechanism.pairs(*inputs, **keywords) or 0.0) / full)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,7 @@ __all__ = [
     "read_text",
     "text_bytes",
     "token_windows",
+    "watched_calls",
 ]
 
 _READABLE = (".txt", ".md", ".rst", ".py", ".json", ".csv", ".html", ".tex", ".c", ".h", ".js", ".ts", ".java", ".go")
@@ -152,11 +154,13 @@ def log_probabilities(model: PreTrainedModel, window: Tensor) -> Tensor:
     return model(input_ids=window[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
 
 
-def mechanism_calls(
-    model: PreTrainedModel, mechanisms: Sequence[Mechanism], window: Tensor
-) -> list[tuple[Mechanism, tuple[Tensor, ...], dict[str, Any]]]:
-    """Every mechanism's own tensors and keywords while the model reads ``window``, layer by layer."""
-    seen: list[tuple[Mechanism, tuple[Tensor, ...], dict[str, Any]]] = []
+Call = tuple[Mechanism, tuple[Tensor, ...], dict[str, Any]]
+
+
+@contextmanager
+def watched_calls(mechanisms: Sequence[Mechanism]) -> Iterator[list[Call]]:
+    """Every call of these mechanisms inside: the mechanism, its tensors and its keywords, in order."""
+    seen: list[Call] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
         assert isinstance(module, Mechanism)
@@ -164,8 +168,14 @@ def mechanism_calls(
 
     hooks = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in dict.fromkeys(mechanisms)]
     try:
-        log_probabilities(model, window)
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def mechanism_calls(model: PreTrainedModel, mechanisms: Sequence[Mechanism], window: Tensor) -> list[Call]:
+    """What the mechanisms inside a model are called with while it reads ``window``, layer by layer."""
+    with watched_calls(mechanisms) as seen:
+        log_probabilities(model, window)
     return seen
