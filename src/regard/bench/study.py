@@ -30,8 +30,8 @@ __all__ = ["TASKS", "Outcome", "Study", "StudyResult", "parse_seconds", "run_stu
 VERSION = 1
 # Seconds between two checkpoints.
 _KEPT_EVERY = 20.0
-# Tokens of a batch in training, and at most of one test at each length.
-_BATCH, _TESTED = 8192, 131072
+# Tokens of a batch in training, and of a test at each length, which has so many sequences at least.
+_BATCH, _TESTED, _FEWEST = 8192, 131072, 8
 _SHORTEST = 128
 
 
@@ -190,10 +190,9 @@ def _measure(
     _train(study, name, model, outcome, folder, report)
     for length in missing:
         report(f"{name}: testing at {length}", 1.0)
-        task, size = study.at(length), max(min(_TESTED // length, 16), 1)
-        _, outcome.accuracy[str(length)] = evaluate(
-            model, task, batches=max(_TESTED // (length * size), 1), batch_size=size
-        )
+        task, count = study.at(length), max(_TESTED // length, _FEWEST)
+        size = max(min(count, _BATCH // length), 1)
+        _, outcome.accuracy[str(length)] = evaluate(model, task, batches=count // size, batch_size=size)
 
 
 def _train(

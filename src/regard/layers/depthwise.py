@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError
+from regard.layers.maps import space_of
 
-__all__ = ["DepthwiseConv"]
+__all__ = ["ConditionalPositionEncoding", "DepthwiseConv"]
 
 _CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,
@@ -38,3 +39,16 @@ class DepthwiseConv(nn.Module):
             raise ShapeError(f"A grid of {self.axes} axes for {length} tokens is needed, got {tuple(grid)}.")
         maps: Tensor = self.conv(x.transpose(2, 3).reshape(batch, heads * dim, *grid))
         return maps.reshape(batch, heads, dim, length).transpose(2, 3)
+
+
+class ConditionalPositionEncoding(nn.Module):
+    """``x + DWConv(x)``; the zeros around the map tell each token where it stands."""
+
+    def __init__(self, embed_dim: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        self.conv = DepthwiseConv(embed_dim, kernel_size)
+
+    def forward(self, x: Tensor, *, grid: Sequence[int] | None = None) -> Tensor:
+        """``(batch, length, channels)`` in and out, ``grid`` = (height, width)."""
+        out: Tensor = x + self.conv(x[:, None], space_of(x, grid))[:, 0]
+        return out

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from regard.kernels.shapes import accumulation_dtype
 
-__all__ = ["SRMSNorm", "srms_norm"]
+__all__ = ["ChannelNorm", "SRMSNorm", "srms_norm"]
 
 
 def srms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -31,3 +31,11 @@ class SRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d)`` in and out."""
         return srms_norm(x, self.eps)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each place of a map ``(batch, channels, *space)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape in and out."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from regard.errors import OptionError, UnsupportedMaskError
 from regard.kernels import dense_attention
-from regard.layers.depthwise import DepthwiseConv
+from regard.layers.depthwise import ConditionalPositionEncoding
 from regard.layers.maps import PatchEmbed, map_of, merge_heads, space_of, split_heads
 from regard.layers.padding import layer_keys
 from regard.local.windows import pool_windows, window_plan, windowed_attention
@@ -179,17 +179,8 @@ class SpatiallySeparableAttention(Layer):
         return out
 
 
-class PositionalEncodingGenerator(nn.Module):
+class PositionalEncodingGenerator(ConditionalPositionEncoding):
     """PEG: ``x + DWConv(x)``; the zeros around the map tell each token where it stands."""
-
-    def __init__(self, embed_dim: int, kernel_size: int = 3) -> None:
-        super().__init__()
-        self.conv = DepthwiseConv(embed_dim, kernel_size)
-
-    def forward(self, x: Tensor, *, grid: Sequence[int] | None = None) -> Tensor:
-        """``(batch, length, channels)`` in and out, ``grid`` = (height, width)."""
-        out: Tensor = x + self.conv(x[:, None], space_of(x, grid))[:, 0]
-        return out
 
 
 def _check_heads(embed_dim: int, num_heads: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regard.errors import OptionError
 from regard.layers.maps import map_of
 
-__all__ = ["Pyramid", "fan_out_convolutions", "truncated_normal_linears"]
+__all__ = ["Pyramid", "fan_out_convolutions", "truncated_normal_linears", "truncated_normal_weights"]
 
 P = TypeVar("P", bound="Pyramid")
 
@@ -68,6 +68,14 @@ class Pyramid(nn.Module):
 def truncated_normal_linears(module: nn.Module) -> None:
     """For ``nn.Module.apply``: linear weights from a normal of deviation 0.02 cut at two, biases zero."""
     if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def truncated_normal_weights(module: nn.Module) -> None:
+    """As :func:`truncated_normal_linears`, for 2-d convolutions too."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -18,19 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError
+from regard.layers.norms import ChannelNorm
 from regard.local.uplift import LocalAttender
 
 __all__ = ["ConvBlock", "UPLiFT", "uplift_loss"]
 
 
-class _ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel of a map."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-_NORMS: Mapping[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "layer": _ChannelNorm}
+_NORMS: Mapping[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "layer": ChannelNorm}
 
 
 class ConvBlock(nn.Module):
