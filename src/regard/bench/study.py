@@ -31,8 +31,8 @@ VERSION = 1
 # Seconds between two checkpoints.
 _KEPT_EVERY = 20.0
 # Tokens of a batch in training, and of a test at each length, which has so many sequences at least.
-_BATCH, _TESTED, _FEWEST = 8192, 131072, 8
-_SHORTEST = 128
+_BATCH, _TESTED, _FEWEST = 4096, 131072, 2
+_SHORTEST = 64
 
 
 class SizedTask(Task, Protocol):
@@ -42,7 +42,7 @@ class SizedTask(Task, Protocol):
 
 
 TASKS: dict[str, Callable[[int], SizedTask]] = {
-    "passkey": lambda length: Passkey(length),
+    "passkey": lambda length: Passkey(length, digits=16),
     "recall": lambda length: PairedRecall(length, pairs=16, keys=32, values=16, memory=length // 4),
     "mqar": lambda length: MultiQueryRecall(length=length),
 }
@@ -52,7 +52,7 @@ TASKS: dict[str, Callable[[int], SizedTask]] = {
 
 @dataclass(frozen=True)
 class Study:
-    """``task``: a name in :data:`TASKS`. ``length``: tokens in training, which begins with a sixteenth of them.
+    """``task``: a name in :data:`TASKS`. ``length``: tokens in training, which begins with a thirty-second.
     ``test_lengths``: in tests. ``seconds``: of training a mechanism. ``options``: per mechanism, over what the
     catalogue suggests for some thousands of tokens."""
 
@@ -204,8 +204,8 @@ def _train(
     report: Callable[[str, float], None],
 ) -> None:
     """Until the seconds are spent: AdamW, warm-up over a twentieth of them, cosine decay to a tenth. Lengths double
-    from a sixteenth to the whole, each for an equal time: what to look for is learned where it is cheap."""
-    lengths = [study.length >> halvings for halvings in range(4, -1, -1) if study.length >> halvings >= _SHORTEST]
+    from a thirty-second to the whole, each for an equal time: what to look for is learned where it is cheap."""
+    lengths = [study.length >> halvings for halvings in range(5, -1, -1) if study.length >> halvings >= _SHORTEST]
     tasks = [study.at(length) for length in lengths or [study.length]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=study.lr, weight_decay=0.01, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(study.seed)

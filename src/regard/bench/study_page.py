@@ -10,7 +10,7 @@ from regard.bench.study import StudyResult
 __all__ = ["page", "rows_of"]
 
 _TASKS = {
-    "passkey": "Five digits stand in a row somewhere in a text of filler, and are asked for at its end.",
+    "passkey": "Sixteen digits stand in a row somewhere in a text of filler, and are asked for at its end.",
     "recall": "Pairs of a key and its value stand in the text, and keys come again; key and value share a token.",
     "mqar": "Pairs of a key and its value stand in the text one behind the other, and keys come again.",
 }
