@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 
@@ -55,7 +56,7 @@ WRITTEN: dict[str, Callable[[Row], Row]] = {
     "long_copy": list,
     "sort": sorted,
     "reverse": lambda row: row[::-1],
-    "selective_copy": lambda row: [b for a, b in zip(row, row[1:], strict=False) if a == 31],
+    "selective_copy": lambda row: [b for a, b in itertools.pairwise(row) if a == 31],
     "noisy_copy": lambda row: [t for t in row if t != 31],
     "compression": compress,
     "histogram": lambda row: [row.count(c) for c in range(5)],
@@ -91,9 +92,9 @@ def test_targets_are_what_a_solver_finds(name: str) -> None:
         task = sequence_task(name, **({"in_place": True} if in_place else {}))
         inputs, targets = task.batch(32, torch.Generator().manual_seed(1))
         assert inputs.shape == targets.shape and inputs.dtype == targets.dtype == torch.int64
-        assert 0 <= int(inputs.min()) and int(inputs.max()) < task.vocab_size
+        assert int(inputs.min()) >= 0 and int(inputs.max()) < task.vocab_size
         counted = targets != IGNORED
-        assert bool(counted.any()) and 0 <= int(targets[counted].min())
+        assert bool(counted.any()) and int(targets[counted].min()) >= 0
         assert int(targets.max()) < task.num_classes
         for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
             if name in ASKED:
