@@ -26,7 +26,7 @@ from regard.kernels.native import status
 
 NAMES = (
     *("dense", "neighborhood", "windows", "linear", "memory", "selection", "crossover"),
-    *("block_sparse", "block_sparse_long", "block_sparse_settings"),
+    *("block_sparse", "block_sparse_long", "block_sparse_settings", "gpu"),
 )
 ROOT = Path(__file__).resolve().parent.parent
 

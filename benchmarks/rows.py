@@ -59,7 +59,7 @@ def gradients(
     call: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: tuple[Tensor, Tensor, Tensor]
 ) -> Callable[[], object]:
     """Forward and backward of ``call`` as one call without arguments."""
-    grad = torch.randn(*tensors[0].shape, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(*tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(tensors[0])
     return lambda: torch.autograd.grad(call(*tensors), tensors, grad)
 
 
