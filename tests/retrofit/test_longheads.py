@@ -10,8 +10,11 @@ pytest.importorskip("transformers")
 
 from transformers import DynamicCache
 
+import regard
+from regard.bench.compare import applicable
 from regard.errors import OptionError, RetrofitError, UnsupportedMaskError
 from regard.layers.rotary import rotary_angles
+from regard.nn import MultiHeadAttention
 from regard.retrofit.longheads import apply_longheads
 from regard.sparse.longheads import LongHeads
 from tests.retrofit.small_models import VOCABULARY, gpt2, llama, mistral
@@ -85,6 +88,17 @@ def test_cached_steps_equal_one_pass() -> None:
 
 @pytest.mark.paper("longheads")
 @torch.no_grad()
+def test_by_name_it_would_rotate_twice() -> None:
+    model = llama()
+    for choice in ("longheads", LongHeads(48, 16)):
+        with pytest.raises(RetrofitError, match="apply_longheads"):
+            regard.retrofit(model, choice)
+    assert "applies rotary positions itself" in applicable("longheads")
+    with pytest.raises(OptionError, match="leave rotary out"):
+        MultiHeadAttention(32, 4, "longheads", rotary=True)
+
+
+@pytest.mark.paper("longheads")
 def test_what_it_cannot_do_is_refused() -> None:
     model, ids = llama().eval(), tokens(80)
     cache = DynamicCache()

@@ -122,6 +122,8 @@ def applicable(name: str) -> str:
         return f"a {kind} with parameters of its own, not a mechanism on (query, key, value)"
     if "causal-self" not in cls.patterns:
         return "not defined for causal attention"
+    if cls.applies_rotary:
+        return "applies rotary positions itself, and a model hands over queries and keys that have theirs"
     return ""
 
 

@@ -79,6 +79,8 @@ class MultiHeadAttention(nn.Module):
                 f"Options {sorted(options)} belong to a mechanism's name; the one passed is built already."
             )
         self.mechanism = mechanism
+        if rotary and self.mechanism.applies_rotary:
+            raise OptionError("This mechanism applies rotary positions itself; leave rotary out.")
 
     @classmethod
     def from_torch(

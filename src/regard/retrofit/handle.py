@@ -203,6 +203,12 @@ def _built(site: Site, choice: Any) -> Mechanism:
         choice = module
     if not isinstance(choice, Mechanism):
         raise OptionError(f"A mechanism is a name, (name, options) or a built Mechanism; got {type(choice).__name__}.")
+    if choice.applies_rotary:
+        raise RetrofitError(
+            f"{site.path}: {name_of(choice)} applies rotary positions itself, and a model's attention hands over "
+            "queries and keys that have theirs already. It has a way of its own into a model, such as "
+            "regard.retrofit.longheads.apply_longheads."
+        )
     if choice.needs_grid and 1 not in choice.grid_axes:
         raise RetrofitError(
             f"{site.path}: {name_of(choice)} needs a grid of {' or '.join(map(str, sorted(choice.grid_axes)))} axes, "

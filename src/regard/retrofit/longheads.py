@@ -42,6 +42,8 @@ class _Past:
 class _Resident(LongHeads):
     """:class:`LongHeads` in a model that keeps keys and values in a cache of its own."""
 
+    applies_rotary = False  # The model is handed tables of no rotation.
+
     patterns: ClassVar[frozenset[Pattern]] = frozenset(("causal-self", "causal-cross"))
     mask_support: ClassVar[Literal["any", "keys", "none"]] = "none"
 

@@ -206,6 +206,7 @@ class LongHeads(Mechanism):
 
     patterns: ClassVar[frozenset[Pattern]] = frozenset(("causal-self",))
     value_linear = False
+    applies_rotary = True
     decodes = True
     growth = "N attn_length + N^2 / chunk"
 
