@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
@@ -252,8 +252,7 @@ def compare_command(
         if out is not None:
             console.print(f"wrote {out / 'results.json'} and {write_report(result, out)}")
     if stopped:
-        console.print("Stopped. The same command with the same --out goes on from here.", style="yellow")
-        sys.exit(130)
+        _leave_stopped()
 
 
 def comparison_table(result: Comparison) -> Table:
@@ -355,8 +354,7 @@ def frontier_command(
             report.write_text(page(result, "pictures/frontier.png", command), encoding="utf-8")
             console.print(f"wrote {report}")
     if stopped:
-        console.print("Stopped. The same command with the same --out goes on from here.", style="yellow")
-        sys.exit(130)
+        _leave_stopped()
 
 
 def frontier_table(result: Frontier, workload: str) -> Table:
@@ -436,12 +434,10 @@ def train_command(
             console.print(f"wrote {out / 'study.json'}")
             if report is not None:
                 found = [StudyResult.load(file.parent) for file in sorted(out.parent.glob("*/study.json"))]
-                text = page([study for study in found if study is not None], f"regard train --report {report}")
-                report.write_text(text, encoding="utf-8")
+                report.write_text(page([study for study in found if study is not None]), encoding="utf-8")
                 console.print(f"wrote {report}")
     if stopped:
-        console.print("Stopped. The same command with the same --out goes on from here.", style="yellow")
-        sys.exit(130)
+        _leave_stopped()
 
 
 def study_table(result: StudyResult) -> Table:
@@ -641,6 +637,12 @@ def env() -> None:
         rows[extra] = "yes" if importlib.util.find_spec(extra) is not None else "not installed"
     for name, value in rows.items():
         console.print(f"{name:14}{value}", highlight=False)
+
+
+def _leave_stopped() -> NoReturn:
+    """After Ctrl-C, with what was done shown and kept."""
+    console.print("Stopped. The same command with the same --out goes on from here.", style="yellow")
+    sys.exit(130)
 
 
 def _options_by_key(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:

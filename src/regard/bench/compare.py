@@ -329,8 +329,9 @@ def _decode_ratio(
     it has one, out of a cache of all keys otherwise; None if it can do neither."""
     decodes = all(module.decodes for module in handle.modules.values())
     caches = []
-    for each, own in ((model, None), (twin, handle.cache() if decodes else None)):
+    for each in (model, twin):
         try:
+            own = handle.cache() if decodes and each is twin else None
             caches.append(each(input_ids=window[None, :-tokens], past_key_values=own, use_cache=True).past_key_values)
         except RegardError:
             return None

@@ -25,7 +25,7 @@ from regard.errors import OptionError, RegardError, UnknownNameError
 from regard.models.sequence import SequenceModel
 from regard.registry import describe
 
-__all__ = ["TASKS", "Outcome", "Study", "StudyResult", "parse_seconds", "run_study"]
+__all__ = ["TASKS", "Outcome", "Study", "StudyResult", "parse_seconds", "run_study", "tested_sequences"]
 
 VERSION = 1
 # Seconds between two checkpoints.
@@ -144,6 +144,11 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
+def tested_sequences(length: int) -> int:
+    """How many sequences of a length a test has."""
+    return max(_TESTED // length, _FEWEST)
+
+
 def run_study(
     study: Study, out: Path | str | None = None, report: Callable[[str, float], None] = lambda line, share: None
 ) -> StudyResult:
@@ -190,7 +195,7 @@ def _measure(
     _train(study, name, model, outcome, folder, report)
     for length in missing:
         report(f"{name}: testing at {length}", 1.0)
-        task, count = study.at(length), max(_TESTED // length, _FEWEST)
+        task, count = study.at(length), tested_sequences(length)
         size = max(min(count, _BATCH // length), 1)
         _, outcome.accuracy[str(length)] = evaluate(model, task, batches=count // size, batch_size=size)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from regard.bench.markdown import paragraph, table
-from regard.bench.study import StudyResult
+from regard.bench.study import StudyResult, tested_sequences
 
 __all__ = ["page", "rows_of"]
 
@@ -28,22 +28,29 @@ def rows_of(result: StudyResult) -> tuple[list[str], list[list[str]]]:
     return ["mechanism", "steps", "loss", *map(str, lengths)], rows
 
 
-def page(results: Sequence[StudyResult], command: str) -> str:
-    """One section a study; ``command``: what wrote the page."""
+def page(results: Sequence[StudyResult]) -> str:
+    """One section a study, with the command that makes it."""
     lines = ["# Finding things far back", ""]
     lines += paragraph(
         "Small models that differ in their attention alone, trained for equal time and tested at lengths that they "
-        f"never saw. Written by `{command}`; no figure is typed by hand. Equal time means more steps for a faster "
-        "mechanism."
+        "never saw. Written by the commands below (with `--out` and `--report`); no figure is typed by hand. Equal "
+        "time means more steps for a faster mechanism."
     )
     for result in results:
         facts = result.fingerprint
+        lengths = sorted({int(length) for outcome in result.outcomes for length in outcome.accuracy})
         lines += [f"## {facts['task']}", ""]
         lines += paragraph(_TASKS.get(facts["task"], ""))
+        lines += [
+            f"`regard train --task {facts['task']} --mechanisms {','.join(o.mechanism for o in result.outcomes)} "
+            f"--length {facts['length']} --test-lengths {','.join(map(str, lengths))} --budget {facts['seconds']:g}s`",
+            "",
+        ]
+        counts = ", ".join(f"{tested_sequences(length)} of {length}" for length in lengths)
         lines += paragraph(
             f"{facts['depth']} layers of {facts['num_heads']} heads, {facts['embed_dim']} channels, no "
             f"positions; {facts['seconds']:.0f} s of training a mechanism at up to {facts['length']} tokens. Share of "
-            "right answers by length of the test:"
+            f"right answers by length of the test (sequences tested: {counts} tokens):"
         )
         lines += table(*rows_of(result))
         for outcome in result.outcomes:
