@@ -161,9 +161,12 @@ class Mechanism(nn.Module, Traits):
 
         ``value`` is read only by mechanisms whose choice of keys depends on the values (``value_linear`` is False).
         """
-        self._require_value_linear()
         probe = key.new_empty(*key.shape[:3], 0) if value is None else value
-        request = self.request(query, key, probe, causal, mask, grid, scale)
+        return self.implied(query, key, value, self.request(query, key, probe, causal, mask, grid, scale))
+
+    def implied(self, query: Tensor, key: Tensor, value: Tensor | None, request: Request) -> Tensor:
+        """As :meth:`weights`, on validated input. By default what identity values give."""
+        self._require_value_linear()
         batch, kv_heads, k_len, _ = key.shape
         columns = []
         for start in range(0, k_len, _IDENTITY_SLICE):

@@ -6,12 +6,9 @@ torch's fused kernel no scores are stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from regard.kernels import dense_attention, dense_weights
-from regard.masks import Mask
 from regard.mechanism import Mechanism, Request
 from regard.registry import register
 
@@ -38,18 +35,9 @@ class FullAttention(Mechanism):
             scale=request.scale,
         )
 
-    def weights(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor | None = None,
-        *,
-        causal: bool = False,
-        mask: Mask | Tensor | None = None,
-        grid: Sequence[int] | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
+    def implied(self, query: Tensor, key: Tensor, value: Tensor | None, request: Request) -> Tensor:
         """The softmax itself, which costs less than feeding the identity as values."""
         self._require_value_linear()
-        request = self.request(query, key, key, causal, mask, grid, scale)
-        return dense_weights(query, key, causal=causal, mask=request.mask, bias=request.bias, scale=scale)
+        return dense_weights(
+            query, key, causal=request.causal, mask=request.mask, bias=request.bias, scale=request.scale
+        )

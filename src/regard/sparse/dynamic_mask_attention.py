@@ -23,7 +23,6 @@ a group keep the same keys. Time ``O(N keep d)`` plus ``O(N num_kv_heads^2 d)`` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -239,23 +238,12 @@ class DynamicMask(Mechanism):
         assert isinstance(out, Tensor)
         return out
 
-    def weights(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor | None = None,
-        *,
-        causal: bool = False,
-        mask: Mask | Tensor | None = None,
-        grid: Sequence[int] | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
+    def implied(self, query: Tensor, key: Tensor, value: Tensor | None, request: Request) -> Tensor:
         """The implied attention matrix for these values."""
         if value is None:
             raise UnsupportedPatternError(
                 "dynamic_mask_attention chooses its keys by their values, so the matrix depends on them: pass value."
             )
-        request = self.request(query, key, value, causal, mask, grid, scale)
         scores, identity = self.scores(value), torch.eye(key.shape[2], dtype=key.dtype, device=key.device)
         return self._run(query, key, identity.expand(*key.shape[:2], -1, -1), scores, request)
 

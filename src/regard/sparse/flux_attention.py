@@ -287,13 +287,12 @@ class FluxAttention(Mechanism):
         out: Tensor = branch(query, key, value, causal=request.causal, mask=request.mask, scale=request.scale)
         return out
 
-    def weights(self, query: Tensor, key: Tensor, value: Tensor | None = None, **call: Any) -> Tensor:
-        """As :meth:`Mechanism.weights`, under one decision."""
-        probe = key.new_empty(*key.shape[:3], 0) if value is None else value
-        self._decide(query, key, self.request(query, key, probe, **call))
+    def implied(self, query: Tensor, key: Tensor, value: Tensor | None, request: Request) -> Tensor:
+        """As :meth:`Mechanism.implied`, under one decision."""
+        self._decide(query, key, request)
         self._held = True
         try:
-            return super().weights(query, key, value, **call)
+            return super().implied(query, key, value, request)
         finally:
             self._held = False
 

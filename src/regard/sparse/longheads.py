@@ -24,7 +24,6 @@ on the softmax and not on the choice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -319,23 +318,12 @@ class LongHeads(Mechanism):
             outs.append(merge_attentions(*parts)[0])
         return torch.cat(outs, 2)
 
-    def weights(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor | None = None,
-        *,
-        causal: bool = False,
-        mask: Mask | Tensor | None = None,
-        grid: Sequence[int] | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
+    def implied(self, query: Tensor, key: Tensor, value: Tensor | None, request: Request) -> Tensor:
         """The implied attention matrix for these values."""
         if value is None:
             raise UnsupportedPatternError(
                 "longheads chooses chunks by features that hold the values, so the matrix depends on them: pass value."
             )
-        request = self.request(query, key, value, causal, mask, grid, scale)
         features = self._features(query, key, value, request)
         identity = torch.eye(key.shape[2], dtype=key.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
         return self._run(query, key, identity, features, 0, request)
