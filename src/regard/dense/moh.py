@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError, ShapeError
 from regard.kernels import accumulation_dtype, dense_attention, expand_groups
+from regard.layers.heads import head_sizes
 from regard.layers.rotary import apply_rotary, rotary_angles
 from regard.masks import Boolean, Causal, Mask
 from regard.mechanism import Layer, Mechanism, Request
@@ -192,16 +193,11 @@ class MixtureOfHeads(Layer):
                 f"{shared} shared and {routed} routed heads do not fit into {num_heads} heads; need at least one that "
                 "is on, and shared_heads + routed_heads <= num_heads."
             )
-        if head_dim is None and embed_dim % num_heads:
-            raise OptionError(f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}; give head_dim.")
-        kv_heads = num_kv_heads or num_heads
-        if num_heads % kv_heads:
-            raise OptionError(f"num_kv_heads {kv_heads} does not divide num_heads {num_heads}.")
-        self.num_heads, self.num_kv_heads = num_heads, kv_heads
+        self.num_heads = num_heads
+        self.num_kv_heads, self.head_dim = head_sizes(embed_dim, num_heads, num_kv_heads, head_dim)
         self.shared_heads, self.routed_heads = shared, routed
-        self.head_dim = head_dim or embed_dim // num_heads
         self.executor, self.rotary = executor, rotary
-        width, kv_width = num_heads * self.head_dim, kv_heads * self.head_dim
+        width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.query = nn.Linear(embed_dim, width, bias=bias)
         self.key, self.value = (nn.Linear(embed_dim, kv_width, bias=bias) for _ in range(2))
         self.out = nn.Linear(width, embed_dim, bias=bias)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.errors import OptionError, RetrofitError, ShapeError
+from regard.layers.heads import head_sizes
 from regard.layers.rotary import apply_rotary, rotary_angles
 from regard.masks import Boolean, KeyPadding, Mask
 from regard.mechanism import Layer, Mechanism
@@ -45,15 +46,8 @@ class MultiHeadAttention(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if head_dim is None and embed_dim % num_heads:
-            raise OptionError(
-                f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}; choose another or give head_dim."
-            )
         self.embed_dim, self.num_heads = embed_dim, num_heads
-        self.num_kv_heads = num_kv_heads or num_heads
-        self.head_dim = head_dim or embed_dim // num_heads
-        if num_heads % self.num_kv_heads:
-            raise OptionError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {num_heads}.")
+        self.num_kv_heads, self.head_dim = head_sizes(embed_dim, num_heads, num_kv_heads, head_dim)
         self.rotary = rotary
         width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.query = nn.Linear(embed_dim, width, bias=bias)

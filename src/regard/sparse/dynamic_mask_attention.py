@@ -34,6 +34,7 @@ from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError, ShapeError, UnsupportedPatternError
 from regard.kernels import dense_attention, expand_groups, token_sparse_attention
 from regard.kernels.token_lists import token_list_attention
+from regard.layers.heads import head_sizes
 from regard.layers.rotary import apply_rotary, rotary_angles
 from regard.layout import TokenLayout
 from regard.masks import Boolean, Causal, Mask
@@ -304,12 +305,8 @@ class DynamicMaskAttention(Layer):
         rotary_base: float = 10000.0,
     ) -> None:
         super().__init__()
-        if head_dim is None and embed_dim % num_heads:
-            raise OptionError(f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}; give head_dim.")
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        if num_heads % self.num_kv_heads:
-            raise OptionError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {num_heads}.")
-        self.head_dim, self.rotary_base = head_dim or embed_dim // num_heads, rotary_base
+        self.num_kv_heads, self.head_dim = head_sizes(embed_dim, num_heads, num_kv_heads, head_dim)
+        self.num_heads, self.rotary_base = num_heads, rotary_base
         self.query = nn.Linear(embed_dim, num_heads * self.head_dim, bias=False)
         self.key = nn.Linear(embed_dim, self.num_kv_heads * self.head_dim, bias=False)
         self.value = nn.Linear(embed_dim, self.num_kv_heads * self.head_dim, bias=False)

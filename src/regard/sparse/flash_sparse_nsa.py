@@ -39,6 +39,7 @@ from regard.cache import DynamicCache, EvictingCache, KeyValueCache
 from regard.errors import OptionError, ShapeError, UnsupportedMaskError, UnsupportedPatternError
 from regard.kernels import accumulation_dtype, block_sparse_attention, dense_attention, masked_softmax, score_scale
 from regard.kernels.selected_blocks import selected_attention
+from regard.layers.heads import head_sizes
 from regard.layers.padding import layer_keys
 from regard.layers.rotary import apply_rotary, rotary_angles
 from regard.layout import BlockLayout, kept_layout, num_blocks
@@ -261,12 +262,8 @@ class NativeSparseAttention(Layer):
         official: bool = False,
     ) -> None:
         super().__init__()
-        if head_dim is None and embed_dim % num_heads:
-            raise OptionError(f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}; give head_dim.")
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self.head_dim, self.rotary_base = head_dim or embed_dim // num_heads, rotary_base if rotary else None
-        if num_heads % self.num_kv_heads:
-            raise OptionError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {num_heads}.")
+        self.num_kv_heads, self.head_dim = head_sizes(embed_dim, num_heads, num_kv_heads, head_dim)
+        self.num_heads, self.rotary_base = num_heads, rotary_base if rotary else None
         if min(kernel, stride, block_size, window) < 1 or kernel % stride or block_size % stride:
             raise OptionError(
                 f"stride must divide kernel and block_size, all at least 1, and window be at least 1; got kernel "

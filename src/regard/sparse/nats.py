@@ -32,6 +32,7 @@ from regard.errors import OptionError, ShapeError, UnsupportedMaskError, Unsuppo
 from regard.kernels import block_sparse_attention, dense_attention, score_scale
 from regard.kernels.typed_tokens import GLOBAL, SLIDING, lifetimes, next_marked, typed_attention
 from regard.layers.gumbel import gumbel_one_hot
+from regard.layers.heads import head_sizes
 from regard.layers.padding import layer_keys
 from regard.layers.rotary import apply_rotary, rotary_angles
 from regard.layout import BlockLayout
@@ -305,21 +306,20 @@ class NAtSAttention(Layer):
         rotary_base: float = 10000.0,
     ) -> None:
         super().__init__()
-        if head_dim is None and embed_dim % num_heads:
-            raise OptionError(f"embed_dim {embed_dim} is no multiple of num_heads {num_heads}; give head_dim.")
-        self.num_heads, self.head_dim = num_heads, head_dim or embed_dim // num_heads
+        kv_heads, self.head_dim = head_sizes(embed_dim, num_heads, num_kv_heads, head_dim)
+        self.num_heads = num_heads
         self.rotary, self.rotary_base = rotary, rotary_base
         self.mechanism = NAtS(
             embed_dim,
             num_heads,
-            num_kv_heads,
+            kv_heads,
             window=window,
             reg=reg,
             official=official,
             global_bias=global_bias,
             temperature=temperature,
         )
-        kv_width = self.mechanism.num_kv_heads * self.head_dim
+        kv_width = kv_heads * self.head_dim
         self.query = nn.Linear(embed_dim, num_heads * self.head_dim, bias=False)
         self.key = nn.Linear(embed_dim, kv_width, bias=False)
         self.value = nn.Linear(embed_dim, kv_width, bias=False)
