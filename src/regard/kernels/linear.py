@@ -3,30 +3,30 @@
 Queries and keys arrive as features (a mechanism applies its own map before). The log-decay ``g <= 0`` may be absent,
 one per head ``(heads,)``, one per head and token ``(batch, heads, length)``, or one per channel of the state
 ``(batch, heads, length, feature_dim)``. Forms: ``parallel`` (the masked matrix, the reference), ``chunked`` (matrix
-products inside a chunk, one state carried between chunks) and ``recurrent`` (a token at a time).
+products inside a chunk, one state carried between chunks), ``recurrent`` (a token at a time) and ``native`` (chunks in
+C++ on a CPU, for decays per head or token).
 With ``normalize`` the output is divided by ``q_t z_t``, where ``z_t`` is the same recurrence over the keys alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from regard.errors import OptionError, ShapeError
+from regard.errors import BackendError, OptionError, ShapeError
+from regard.kernels import native_linear
 from regard.kernels.backends import resolve
+from regard.kernels.decay import running_decay
+from regard.kernels.segments import in_segments, segment_length
 from regard.kernels.shapes import accumulation_dtype, expand_groups
 
 __all__ = ["LinearState", "linear_attention", "linear_step"]
 
-FORMS = ("parallel", "chunked", "recurrent")
+FORMS = ("parallel", "chunked", "recurrent", "native")
 _SUB = 16
-# Elements of the queries of one segment: a few megabytes of everything together, within the last-level cache.
-_SEGMENT = 1 << 19
 
 
 @dataclass
@@ -75,14 +75,23 @@ def linear_attention(
     if chunk_size < 1:
         raise OptionError(f"chunk_size must be at least 1, got {chunk_size}.")
     form = resolve("linear", backend, FORMS) if causal else "whole"
+    _check_decay(log_decay, query)
+    if form in ("auto", "native"):
+        reason = native_linear.obstacle(query, value, log_decay, chunk_size, asked=form == "native")
+        if reason is not None and backend == "native":
+            raise BackendError(f"Linear attention cannot run natively: {reason}. Use backend='auto' or 'chunked'.")
+        form = "native" if reason is None else "chunked"
     call = _Call(form, chunk_size, scale, normalize, eps)
-    initial = None if state is None else state.sum
-    length, step = query.shape[2], _segment_length(query, value, chunk_size)
-    if form in ("auto", "chunked") and length > step:
-        _check_decay(log_decay, query)
-        out, total = _Segments.apply(query, key, value, log_decay, initial, call, step)
-    else:
-        out, total = call(query, key, value, log_decay, initial)
+    initial, length = None if state is None else state.sum, query.shape[2]
+    # Decays of heads have no length.
+    rows = log_decay if log_decay is not None and log_decay.dim() > 1 else None
+    whole = None if rows is not None else log_decay
+    step = max(length, 1)
+    if form == "chunked" or (form == "native" and query.dtype != torch.float32):
+        step = segment_length(
+            query.shape[0] * query.shape[1] * max(query.shape[3], value.shape[3]), chunk_size, query.device
+        )
+    out, total = in_segments(call, (query, key, value, rows), (whole,), initial, step=step, dim=2)
     return out, LinearState(total)
 
 
@@ -114,7 +123,7 @@ def linear_step(
 
 @dataclass(frozen=True)
 class _Call:
-    """Options of one call; calling it runs one stretch of a sequence."""
+    """Options of one call; calling it runs one stretch of a sequence (see :mod:`regard.kernels.segments`)."""
 
     form: str
     chunk_size: int
@@ -123,8 +132,22 @@ class _Call:
     eps: float
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, initial: Tensor | None
+        self, rows: tuple[Tensor | None, ...], whole: tuple[Tensor | None, ...], initial: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        query, key, value, log_decay = *rows[:3], rows[3] if whole[0] is None else whole[0]
+        assert query is not None and key is not None and value is not None
+        if self.form == "native":
+            parts = (query.float(), key.float(), value.float())
+            out, total = native_linear.causal(
+                *parts,
+                log_decay,
+                initial,
+                chunk=self.chunk_size,
+                scale=self.scale,
+                normalize=self.normalize,
+                eps=self.eps,
+            )
+            return out.to(query.dtype), total
         heads, work = query.shape[1], accumulation_dtype(query.dtype)
         q, k = query.to(work) * self.scale, expand_groups(key, heads).to(work)
         v = expand_groups(value, heads).to(work)
@@ -147,81 +170,6 @@ class _Call:
         return out.to(query.dtype), total
 
 
-def _segment_length(query: Tensor, value: Tensor, chunk_size: int) -> int:
-    """Tokens that are processed at once: whole chunks, on a CPU few enough to stay in its cache."""
-    limit = _SEGMENT if query.device.type == "cpu" else 16 * _SEGMENT
-    per_token = max(query.shape[0] * query.shape[1] * max(query.shape[3], value.shape[3]), 1)
-    return max(limit // per_token // chunk_size, 1) * chunk_size
-
-
-class _Segments(torch.autograd.Function):
-    """Segment after segment with the state carried on; only the states between segments are kept, and the backward pass
-    runs each segment again, so that memory beyond inputs and outputs does not grow with what happens inside."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        log_decay: Tensor | None,
-        initial: Tensor | None,
-        call: _Call,
-        step: int,
-    ) -> tuple[Tensor, Tensor]:
-        out = query.new_empty(*query.shape[:3], value.shape[-1])
-        states: list[Tensor | None] = []
-        total = initial
-        for rows in _slices(query.shape[2], step):
-            states.append(total)
-            decay = _rows_of_decay(log_decay, rows)
-            out[:, :, rows], total = call(query[:, :, rows], key[:, :, rows], value[:, :, rows], decay, total)
-        ctx.save_for_backward(query, key, value, log_decay, *states)
-        ctx.call, ctx.step = call, step
-        assert total is not None
-        return out, total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, log_decay, *states = ctx.saved_tensors
-        sources = (query, key, value, log_decay)
-        grads = [
-            torch.zeros_like(t) if t is not None and n else None
-            for t, n in zip(sources, ctx.needs_input_grad[:4], strict=True)
-        ]
-        for rows, state in zip(reversed(_slices(query.shape[2], ctx.step)), reversed(states), strict=True):
-            inputs = (query[:, :, rows], key[:, :, rows], value[:, :, rows], _rows_of_decay(log_decay, rows))
-            with torch.enable_grad():
-                parts = [
-                    None if part is None else part.detach().requires_grad_(grad is not None)
-                    for part, grad in zip(inputs, grads, strict=True)
-                ]
-                start = None if state is None else state.detach().requires_grad_(True)
-                out, total = ctx.call(*parts, start)
-            leaves = [part for part in (*parts, start) if part is not None and part.requires_grad]
-            found = iter(
-                torch.autograd.grad((out, total), leaves, (grad_out[:, :, rows], grad_total), allow_unused=True)
-            )
-            for part, grad in zip(parts, grads, strict=True):
-                if grad is None or part is None or (here := next(found)) is None:
-                    continue
-                place = grad if grad.dim() == 1 else grad[:, :, rows]
-                place += here
-            if start is not None:
-                grad_total = next(found)
-        grad_initial = grad_total if states[0] is not None and ctx.needs_input_grad[4] else None
-        return *grads, grad_initial, None, None
-
-
-def _slices(length: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def _rows_of_decay(log_decay: Tensor | None, rows: slice) -> Tensor | None:
-    return log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, :, rows]
-
-
 def _check_decay(log_decay: Tensor | None, query: Tensor) -> None:
     batch, heads, length, features = query.shape
     known = ((heads,), (batch, heads, length), (batch, heads, length, features))
@@ -236,7 +184,6 @@ def _expand_decay(log_decay: Tensor | None, query: Tensor) -> Tensor | None:
     """To ``(batch | 1, heads, length, 1 | feature_dim)`` in the working dtype."""
     if log_decay is None:
         return None
-    _check_decay(log_decay, query)
     decay = log_decay.to(query.dtype)
     if decay.dim() == 1:
         return decay.view(1, -1, 1, 1).expand(1, -1, query.shape[2], 1)
@@ -249,13 +196,14 @@ def _parallel(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: Te
     if decay is None:
         out, total = (q @ k.transpose(-1, -2)).masked_fill(~past, 0) @ v, k.transpose(-1, -2) @ v
         return (out, total) if initial is None else (out + q @ initial, total + initial)
-    run = decay.cumsum(2)
-    gap = (run[:, :, :, None] - run[:, :, None]).masked_fill(~past[..., None], float("-inf")).exp()
+    run = running_decay(decay, 2)
+    gap = (run[:, :, :, None] - run[:, :, None]).masked_fill(~past[..., None], float("-inf")).to(q.dtype).exp()
     scores = torch.einsum("bhic,bhjc,bhijc->bhij", q, k, gap.expand(*gap.shape[:-1], q.shape[-1]))
-    out, total = scores @ v, (k * (run[:, :, -1:] - run).exp()).transpose(-1, -2) @ v
+    reach, leave = run.to(q.dtype).exp(), (run[:, :, -1:] - run).to(q.dtype).exp()
+    out, total = scores @ v, (k * leave).transpose(-1, -2) @ v
     if initial is not None:
-        out = out + (q * run.exp()) @ initial
-        total = total + run[:, :, -1, :, None].exp() * initial
+        out = out + (q * reach) @ initial
+        total = total + reach[:, :, -1, :, None] * initial
     return out, total
 
 
@@ -304,21 +252,23 @@ def _chunks(
     else:
         # A decay that does not change with time is the same in every chunk.
         constant = decay.shape[-1] == 1 and decay.stride(2) == 0
-        run = (decay[:, :, :size] if constant else decay).unflatten(2, (-1, size)).cumsum(3)
+        run = running_decay((decay[:, :, :size] if constant else decay).unflatten(2, (-1, size)), 3)
         if run.shape[-1] == 1:
-            gap = (run - run.transpose(-1, -2)).masked_fill(~past, float("-inf")).exp()
+            gap = (run - run.transpose(-1, -2)).masked_fill(~past, float("-inf")).to(q.dtype).exp()
             inside = (q @ k.transpose(-1, -2) * gap) @ v
         else:
             inside = _channel_scores(q, k, run) @ v
         # Powers are taken relative to a chunk's end or start, so no exponent is ever positive.
-        reach, leave, whole = q * run.exp(), k * (run[:, :, :, -1:] - run).exp(), run[:, :, :, -1, :, None].exp()
+        fade = run.to(q.dtype).exp()
+        leave = k * (run[:, :, :, -1:] - run).to(q.dtype).exp()
+        reach, whole = q * fade, fade[:, :, :, -1, :, None]
     added = leave.transpose(-1, -2) @ v
     total = torch.zeros_like(added[:, :, 0]) if initial is None else initial
     before = []
     for index in range(chunks):
         before.append(total)
-        fade = None if whole is None else whole[:, :, min(index, whole.shape[2] - 1)]
-        total = added[:, :, index] + (total if fade is None else total * fade)
+        kept = total if whole is None else total * whole[:, :, min(index, whole.shape[2] - 1)]
+        total = added[:, :, index] + kept
     out = inside + reach @ torch.stack(before, 2)
     return out.flatten(2, 3), total
 
@@ -336,12 +286,12 @@ def _channel_scores(q: Tensor, k: Tensor, run: Tensor) -> Tensor:
         here, run_here = slice(start, stop), run[..., start:stop, :]
         gap = run_here[..., :, None, :] - run_here[..., None, :, :]
         past = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).tril()
-        gap = gap.masked_fill(~past[..., None], float("-inf")).exp()
+        gap = gap.masked_fill(~past[..., None], float("-inf")).to(q.dtype).exp()
         near = (q[..., here, None, :] * k[..., None, here, :] * gap).sum(-1)
         row = [near, q.new_zeros(*near.shape[:-1], size - stop)]
         if start:
             anchor = run[..., start - 1 : start, :]
-            far_k = k[..., :start, :] * (anchor - run[..., :start, :]).exp()
-            row.insert(0, (q[..., here, :] * (run_here - anchor).exp()) @ far_k.transpose(-1, -2))
+            far_k = k[..., :start, :] * (anchor - run[..., :start, :]).to(q.dtype).exp()
+            row.insert(0, (q[..., here, :] * (run_here - anchor).to(q.dtype).exp()) @ far_k.transpose(-1, -2))
         rows.append(torch.cat(row, -1))
     return torch.cat(rows, -2)

@@ -1,9 +1,9 @@
 """Kernels in C++ for CPUs, compiled at first use with the compiler that is there; without one, only speed is lost.
 
-Nothing is built when regard is installed. The first problem that is long enough to be worth it compiles ``native.cpp``
-(a few seconds) into the user's cache, ``REGARD_CACHE`` or ``~/.cache/regard``, keyed by source, compiler flags and
-processor; later processes load it from there. ``REGARD_NATIVE=0`` switches native kernels off, ``REGARD_NATIVE=1``
-compiles at the first use of any size. :func:`status` says what is the case and why.
+Nothing is built when regard is installed. The first problem that is long enough to be worth it compiles
+``native_*.cpp`` (a few seconds) into the user's cache, ``REGARD_CACHE`` or ``~/.cache/regard``, keyed by source,
+compiler flags and processor; later processes load it from there. ``REGARD_NATIVE=0`` switches native kernels off,
+``REGARD_NATIVE=1`` compiles at the first use of any size. :func:`status` says what is the case and why.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from regard.layout import BlockLayout
 
 __all__ = ["Status", "available", "backward", "forward", "status", "worthwhile"]
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_SOURCES = tuple(Path(__file__).with_name(f"native_{name}.cpp") for name in ("blocks", "linear"))
+_HEADER = Path(__file__).with_name("native_tiles.h")
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 _TUNED = ("-march=native",)
 
@@ -101,9 +102,12 @@ def worthwhile(query: Tensor, value: Tensor, layout: BlockLayout, bias: TableBia
     plan = plan_of(layout)
     blocks = len(plan.columns) * (query.shape[0] * query.shape[1] / (plan.batch * plan.heads))
     work = blocks * layout.block_q * layout.block_k * 2 * (query.shape[-1] + value.shape[-1])
-    if work < _USE or not available(build=work >= _BUILD):
-        return False
-    return bias is None or codes_of(layout, bias) is not None
+    return large_enough(work) and (bias is None or codes_of(layout, bias) is not None)
+
+
+def large_enough(work: float) -> bool:
+    """Whether a call of so many floating-point operations should run natively, and can."""
+    return work >= _USE and available(build=work >= _BUILD)
 
 
 def require() -> ctypes.CDLL:
@@ -135,6 +139,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.regard_block_forward.restype = None
     library.regard_block_backward.argtypes = [pointer, integer, *[pointer] * 12]
     library.regard_block_backward.restype = None
+    library.regard_linear_forward.argtypes = [pointer] * 10
+    library.regard_linear_forward.restype = None
+    library.regard_linear_backward.argtypes = [pointer] * 15
+    library.regard_linear_backward.restype = None
     return library
 
 
@@ -148,7 +156,7 @@ def _compiler() -> str | None:
 @cache
 def _path() -> Path:
     home = os.environ.get("REGARD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard"
-    key = hashlib.sha256(_SOURCE.read_bytes())
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in (_HEADER, *_SOURCES)))
     key.update(" ".join((*_FLAGS, *_TUNED, sys.platform, platform.machine(), _processor())).encode())
     return Path(home) / "native" / key.hexdigest()[:16] / "libregard.so"
 
@@ -170,7 +178,7 @@ def _build(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         for extra in (_TUNED, ()):
-            command = [compiler, *_FLAGS, *extra, str(_SOURCE), "-o", str(built)]
+            command = [compiler, *_FLAGS, *extra, *map(str, _SOURCES), "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             if done.returncode == 0:
                 os.replace(built, path)
@@ -236,7 +244,7 @@ def backward(
 
 
 def _packed(library: ctypes.CDLL, tensor: Tensor, block: int, transposed: bool) -> Tensor:
-    """The blocks of keys or values in the order in which products read them (see ``native.cpp``)."""
+    """The blocks of keys or values in the order in which products read them (see ``native_blocks.cpp``)."""
     batch, heads, length, width = tensor.shape
     panel = library.regard_panel()
     if not transposed and width % panel == 0:
