@@ -55,9 +55,7 @@ def inputs(
     return query, key, value
 
 
-def gradients(
-    call: Callable[[Tensor, Tensor, Tensor], Tensor], tensors: tuple[Tensor, Tensor, Tensor]
-) -> Callable[[], object]:
+def gradients(call: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Callable[[], object]:
     """Forward and backward of ``call`` as one call without arguments."""
     grad = torch.randn(*tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(tensors[0])
     return lambda: torch.autograd.grad(call(*tensors), tensors, grad)
