@@ -86,6 +86,13 @@ def test_half_precision_goes_by_segments() -> None:
     torch.testing.assert_close(state.sum.double(), last.sum, rtol=1e-4, atol=1e-5)
 
 
+def test_keys_and_values_may_come_with_different_heads() -> None:
+    """A feature map that differs by head gives keys all query heads."""
+    query, key, value = inputs(40, 2, 8, 8)
+    wide, _ = linear_attention(query, key.repeat_interleave(2, 1), value, causal=True, backend="native")
+    torch.testing.assert_close(wide, linear_attention(query, key, value, causal=True, backend="native")[0])
+
+
 def test_results_do_not_depend_on_threads() -> None:
     leaves = inputs(500, 2, 32, 32)
     before, outs = torch.get_num_threads(), []

@@ -271,7 +271,7 @@ def test_decoding_resumes_from_a_prompt() -> None:
     whole = module(query, key, value, causal=True)
     out, kept = module.step(query[:, :, :30], key[:, :, :30], value[:, :, :30], module.init_state(2, like=query))
     torch.testing.assert_close(out, whole[:, :, :30], rtol=0, atol=1e-11)
-    assert kept is not None and kept.sum.shape == (2, 3, 3 * 8 * 16, 6)
+    assert kept.running is not None and kept.running.sum.shape == (2, 3, 3 * 8 * 16, 6)
     for _ in range(2):
         state = kept
         for t in range(30, 41):

@@ -137,6 +137,8 @@ class _Call:
         query, key, value, log_decay = *rows[:3], rows[3] if whole[0] is None else whole[0]
         assert query is not None and key is not None and value is not None
         if self.form == "native":
+            if key.shape[1] != value.shape[1]:
+                key, value = expand_groups(key, query.shape[1]), expand_groups(value, query.shape[1])
             parts = (query.float(), key.float(), value.float())
             out, total = native_linear.causal(
                 *parts,
@@ -153,21 +155,42 @@ class _Call:
         v = expand_groups(value, heads).to(work)
         if self.normalize:
             v = F.pad(v, (0, 1), value=1.0)
+        eps = self.eps if self.normalize else None
         if self.form == "whole":
             total = k.transpose(-1, -2) @ v
             total = total if initial is None else total + initial
-            out = q @ total
+            out = _read(q, total, eps)
         else:
             decay = _expand_decay(log_decay, q)
             if self.form == "parallel":
-                out, total = _parallel(q, k, v, decay, initial)
+                out, total = _parallel(q, k, v, decay, initial, eps)
             elif self.form == "recurrent":
-                out, total = _recurrent(q, k, v, decay, initial)
+                out, total = _recurrent(q, k, v, decay, initial, eps)
             else:
-                out, total = _chunked(q, k, v, decay, initial, self.chunk_size)
-        if self.normalize:
-            out = out[..., :-1] / (out[..., -1:] + self.eps)
+                out, total = _chunked(q, k, v, decay, initial, eps, self.chunk_size)
         return out.to(query.dtype), total
+
+
+def _read(q: Tensor, state: Tensor, eps: float | None) -> Tensor:
+    """``q S``, or ``q S / (q z + eps)`` with the sum of keys ``z`` as the state's last column.
+
+    Queries are divided, not outputs: the two parts of their gradient, which nearly cancel where one key dominates, are
+    then made of the same rounded products.
+    """
+    if eps is None:
+        return q @ state
+    return (q / (q @ state[..., -1:] + eps)) @ state[..., :-1]
+
+
+def _read_pairs(scores: Tensor, v: Tensor, reach: Tensor, state: Tensor | None, eps: float | None) -> Tensor:
+    """The same for scores among tokens beside a state from before them."""
+    if eps is not None:
+        total = scores.sum(-1, keepdim=True)
+        total = total + eps if state is None else total + reach @ state[..., -1:] + eps
+        scores, reach, v = scores / total, reach / total, v[..., :-1]
+        state = None if state is None else state[..., :-1]
+    out = scores @ v
+    return out if state is None else out + reach @ state
 
 
 def _check_decay(log_decay: Tensor | None, query: Tensor) -> None:
@@ -190,24 +213,28 @@ def _expand_decay(log_decay: Tensor | None, query: Tensor) -> Tensor | None:
     return decay[..., None] if decay.dim() == 3 else decay
 
 
-def _parallel(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+def _parallel(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
     length = q.shape[2]
     past = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     if decay is None:
-        out, total = (q @ k.transpose(-1, -2)).masked_fill(~past, 0) @ v, k.transpose(-1, -2) @ v
-        return (out, total) if initial is None else (out + q @ initial, total + initial)
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~past, 0)
+        total = k.transpose(-1, -2) @ v
+        return _read_pairs(scores, v, q, initial, eps), total if initial is None else total + initial
     run = running_decay(decay, 2)
     gap = (run[:, :, :, None] - run[:, :, None]).masked_fill(~past[..., None], float("-inf")).to(q.dtype).exp()
     scores = torch.einsum("bhic,bhjc,bhijc->bhij", q, k, gap.expand(*gap.shape[:-1], q.shape[-1]))
-    reach, leave = run.to(q.dtype).exp(), (run[:, :, -1:] - run).to(q.dtype).exp()
-    out, total = scores @ v, (k * leave).transpose(-1, -2) @ v
+    fade, leave = run.to(q.dtype).exp(), (run[:, :, -1:] - run).to(q.dtype).exp()
+    total = (k * leave).transpose(-1, -2) @ v
     if initial is not None:
-        out = out + (q * reach) @ initial
-        total = total + reach[:, :, -1, :, None] * initial
-    return out, total
+        total = total + fade[:, :, -1, :, None] * initial
+    return _read_pairs(scores, v, q * fade, initial, eps), total
 
 
-def _recurrent(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+def _recurrent(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
     batch, heads, length, features = q.shape
     total = q.new_zeros(batch, heads, features, v.shape[-1]) if initial is None else initial
     outs = []
@@ -215,39 +242,51 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: T
         if decay is not None:
             total = total * decay[:, :, t, :, None].exp()
         total = total + k[:, :, t, :, None] * v[:, :, t, None]
-        outs.append((q[:, :, t, None] @ total)[:, :, 0])
-    return (torch.stack(outs, 2) if outs else q.new_zeros(batch, heads, 0, v.shape[-1])), total
+        outs.append(_read(q[:, :, t, None], total, eps)[:, :, 0])
+    width = v.shape[-1] - (eps is not None)
+    return (torch.stack(outs, 2) if outs else q.new_zeros(batch, heads, 0, width)), total
 
 
 def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: Tensor | None, chunk_size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    initial: Tensor | None,
+    eps: float | None,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Whole chunks first, then the short one that may be left."""
     length = q.shape[2]
     if not length:
-        return _recurrent(q, k, v, decay, initial)
+        return _recurrent(q, k, v, decay, initial, eps)
     whole = length - length % chunk_size
     if whole == length:
-        return _chunks(q, k, v, decay, initial, chunk_size)
+        return _chunks(q, k, v, decay, initial, eps, chunk_size)
     total, outs = initial, []
     for rows in (slice(0, whole), slice(whole, length)):
         if rows.stop > rows.start:
             size, here = min(chunk_size, rows.stop - rows.start), None if decay is None else decay[:, :, rows]
-            out, total = _chunks(q[:, :, rows], k[:, :, rows], v[:, :, rows], here, total, size)
+            out, total = _chunks(q[:, :, rows], k[:, :, rows], v[:, :, rows], here, total, eps, size)
             outs.append(out)
     assert total is not None
     return (outs[0] if len(outs) == 1 else torch.cat(outs, 2)), total
 
 
 def _chunks(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, initial: Tensor | None, size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    initial: Tensor | None,
+    eps: float | None,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
-    """All chunks at once for what happens inside them, then one pass over chunk states."""
+    """One pass over chunk states, then all chunks at once: what happens inside them, and what their states add."""
     q, k, v = (t.unflatten(2, (-1, size)) for t in (q, k, v))
-    chunks = q.shape[2]
     past = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     if decay is None:
-        inside = (q @ k.transpose(-1, -2)).masked_fill(~past, 0) @ v
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~past, 0)
         reach, leave, whole = q, k, None
     else:
         # A decay that does not change with time is the same in every chunk.
@@ -255,9 +294,9 @@ def _chunks(
         run = running_decay((decay[:, :, :size] if constant else decay).unflatten(2, (-1, size)), 3)
         if run.shape[-1] == 1:
             gap = (run - run.transpose(-1, -2)).masked_fill(~past, float("-inf")).to(q.dtype).exp()
-            inside = (q @ k.transpose(-1, -2) * gap) @ v
+            scores = q @ k.transpose(-1, -2) * gap
         else:
-            inside = _channel_scores(q, k, run) @ v
+            scores = _channel_scores(q, k, run)
         # Powers are taken relative to a chunk's end or start, so no exponent is ever positive.
         fade = run.to(q.dtype).exp()
         leave = k * (run[:, :, :, -1:] - run).to(q.dtype).exp()
@@ -265,12 +304,11 @@ def _chunks(
     added = leave.transpose(-1, -2) @ v
     total = torch.zeros_like(added[:, :, 0]) if initial is None else initial
     before = []
-    for index in range(chunks):
+    for index in range(q.shape[2]):
         before.append(total)
         kept = total if whole is None else total * whole[:, :, min(index, whole.shape[2] - 1)]
         total = added[:, :, index] + kept
-    out = inside + reach @ torch.stack(before, 2)
-    return out.flatten(2, 3), total
+    return _read_pairs(scores, v, reach, torch.stack(before, 2), eps).flatten(2, 3), total
 
 
 def _channel_scores(q: Tensor, k: Tensor, run: Tensor) -> Tensor:

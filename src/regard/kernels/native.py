@@ -141,7 +141,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.regard_block_backward.restype = None
     library.regard_linear_forward.argtypes = [pointer] * 10
     library.regard_linear_forward.restype = None
-    library.regard_linear_backward.argtypes = [pointer] * 15
+    library.regard_linear_backward.argtypes = [pointer] * 14
     library.regard_linear_backward.restype = None
     return library
 

@@ -188,7 +188,7 @@ struct LinearForward : Linear {
 };
 
 struct LinearBackward : Linear {
-  const float *out, *states, *totals, *grad_out, *grad_last;
+  const float *states, *totals, *grad_out, *grad_last;
   float *grad_query, *grad_key, *grad_value, *grad_decay, *grad_initial;
 
   Scratch scratch() const {
@@ -219,16 +219,27 @@ struct LinearBackward : Linear {
     final_state(s.toward.data(), lane, grad_initial);
   }
 
-  // Gradients of the rows by which output is divided stand in the column after the values.
+  // Gradients of outputs before they are divided.
   void load_grads(int64_t first, int64_t rows, Scratch& s) const {
     copy_rows(grad_out + first * value_dim, value_dim, rows, s.grads.data(), wide);
     for (int64_t i = 0; i < rows && normalize; ++i) {
-      float* g = s.grads.data() + i * wide;
-      const float* o = out + (first + i) * value_dim;
       const float by = 1.f / (totals[first + i] + eps);
-      float dot = 0;
-      for (int64_t n = 0; n < value_dim; ++n) dot += g[n] * o[n], g[n] *= by;
-      g[value_dim] = -dot * by;
+      for (int64_t n = 0; n < value_dim; ++n) s.grads[i * wide + n] *= by;
+    }
+  }
+
+  // The gradient of what outputs are divided by, which stands in the column after the values. It nearly cancels what comes
+  // through the values where one key dominates, so it is made of the same products.
+  void add_divisors(int64_t first, int64_t rows, const float* q, const float* state, Scratch& s) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const float *p = s.scores.data() + i * columns, *from = s.out.data() + i * deep;
+      float *r = s.slopes.data() + i * columns, dot = 0, far = 0;
+      for (int64_t j = 0; j <= i; ++j) dot += p[j] * r[j];
+      for (int64_t n = 0; n < dim; ++n) far += q[i * dim + n] * from[n];
+      const float delta = (dot + far * left(i, s) * scale) / (totals[first + i] + eps);
+      for (int64_t j = 0; j <= i; ++j) r[j] -= delta;
+      for (int64_t n = 0; n < dim; ++n) s.out[i * deep + n] -= delta * state[n * wide + value_dim];
+      s.grads[i * wide + value_dim] = -delta;
     }
   }
 
@@ -249,12 +260,14 @@ struct LinearBackward : Linear {
       float *p = s.scores.data() + row * columns, *r = s.slopes.data() + row * columns;
       product(false, some, seen, dim, q + row * dim, dim, 1, {s.across.data(), PANEL, dim * PANEL}, p, columns);
       product(false, some, seen, wide, s.grads.data() + row * wide, wide, 1, {s.value_across.data(), PANEL, wide * PANEL}, r, columns);
-      for (int64_t i = 0; i < some; ++i) weigh(p + i * columns, row + i, seen, s), weigh(r + i * columns, row + i, seen, s);
+      for (int64_t i = 0; i < some; ++i) weigh(p + i * columns, row + i, seen, s);
     }
     // Queries: from the state before, and from keys of the chunk.
     pack_columns(state, wide, wide, dim, wide * PANEL, s.state_across.data());
     product(false, rows, deep, wide, s.grads.data(), wide, 1, {s.state_across.data(), PANEL, wide * PANEL}, s.out.data(), deep);
+    if (normalize) add_divisors(first, rows, q, state, s);
     for (int64_t i = 0; i < rows; ++i) {
+      weigh(s.slopes.data() + i * columns, i, round_up(row_end(i / ROW_TILE * ROW_TILE, rows), PANEL), s);
       const float by = left(i, s) * scale;
       for (int64_t n = 0; n < deep; ++n) s.out[i * deep + n] *= by;
     }
@@ -323,10 +336,10 @@ void regard_linear_forward(const LinearProblem* problem, const float* query, con
 
 // Gradients of keys and values are per query head. grad_decay (batch * heads, length) or, per head, (batch * heads), is added to.
 void regard_linear_backward(const LinearProblem* problem, const float* query, const float* key, const float* value,
-                            const float* decays, const float* out, const float* states, const float* totals,
-                            const float* grad_out, const float* grad_last, float* grad_query, float* grad_key, float* grad_value,
-                            float* grad_decay, float* grad_initial) {
-  const LinearBackward work{Linear(*problem, query, key, value, decays), out, states, totals, grad_out, grad_last, grad_query,
+                            const float* decays, const float* states, const float* totals, const float* grad_out,
+                            const float* grad_last, float* grad_query, float* grad_key, float* grad_value, float* grad_decay,
+                            float* grad_initial) {
+  const LinearBackward work{Linear(*problem, query, key, value, decays), states, totals, grad_out, grad_last, grad_query,
                             grad_key, grad_value, grad_decay, grad_initial};
   in_parallel(work.threads, work.batch * work.heads, work);
 }

@@ -96,20 +96,20 @@ class _Causal(torch.autograd.Function):
             totals = query.new_empty(batch, heads, length)
         problem = _problem(query, value, log_decay, options)
         library.regard_linear_forward(ctypes.byref(problem), *map(_at, (*inputs, out, last, states, totals)))
-        ctx.save_for_backward(*inputs, out, states, totals)
+        ctx.save_for_backward(*inputs, states, totals)
         ctx.options = options
         return out, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_last: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, log_decay, initial, out, states, totals = ctx.saved_tensors
+        query, key, value, log_decay, initial, states, totals = ctx.saved_tensors
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (query.new_empty(*query.shape[:3], t.shape[-1]) for t in (key, value))
         per_head = log_decay is not None and log_decay.dim() == 1
         grad_decay = query.new_zeros(query.shape[: 2 if per_head else 3])
         grad_initial = torch.empty_like(grad_last, memory_format=torch.contiguous_format)
-        sources = (query, key, value, log_decay, out, states, totals, grad_out.contiguous(), grad_last.contiguous())
+        sources = (query, key, value, log_decay, states, totals, grad_out.contiguous(), grad_last.contiguous())
         places = (grad_query, grad_key, grad_value, grad_decay, grad_initial)
         problem = _problem(query, value, log_decay, ctx.options)
         native.require().regard_linear_backward(ctypes.byref(problem), *map(_at, (*sources, *places)))

@@ -20,26 +20,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.cache import KeyValueCache
-from regard.cost import AttentionShape, Cost, linear_cost
 from regard.errors import OptionError, ShapeError
 from regard.kernels import LinearState, linear_attention
 from regard.kernels.shapes import accumulation_dtype, expand_groups
 from regard.layers.norms import SRMSNorm, srms_norm
 from regard.layers.padding import layer_keys
+from regard.linear.frame import LinearMechanism
 from regard.masks import Mask
-from regard.mechanism import Layer, Mechanism, Request
+from regard.mechanism import Layer
 from regard.registry import register
 
 __all__ = [
     "LightningAttention",
-    "LightningState",
     "TnlAttention",
     "TnlState",
     "alibi_slopes",
@@ -94,8 +92,7 @@ def lightning_attention(
     """
     if slope.shape != (query.shape[1],):
         raise ShapeError(f"slope has one value per query head ({query.shape[1]},), got {tuple(slope.shape)}.")
-    # A finite stand-in for infinity: differences of summed exponents stay numbers, and exp of it is zero.
-    log_decay = -slope.to(accumulation_dtype(query.dtype)).clamp_max(1e4)
+    log_decay = -slope.to(accumulation_dtype(query.dtype))
     if mode == "cumsum":
         return _all_states(query, key, value, log_decay, state, scale)
     if mode not in MODES:
@@ -136,15 +133,8 @@ def _all_states(
     return out.to(query.dtype), LinearState(states[:, :, -1])
 
 
-@dataclass(frozen=True)
-class LightningState:
-    """Decoding state: the running sum (None before the first token, whose heads and sizes it takes)."""
-
-    running: LinearState | None = None
-
-
 @register("lightning_attention")
-class LightningAttention(Mechanism):
+class LightningAttention(LinearMechanism):
     """The operator alone, causal self-attention without a denominator.
 
     slopes: of the decay per head; by default :func:`decay_slopes` for ``layer_index`` of ``num_layers``.
@@ -153,10 +143,7 @@ class LightningAttention(Mechanism):
     """
 
     patterns = frozenset({"causal-self"})
-    mask_support = "keys"
-    needs_training = True
-    decodes = True
-    growth = "N"
+    normalize = False
 
     def __init__(
         self,
@@ -173,12 +160,12 @@ class LightningAttention(Mechanism):
             )
         if slopes is not None and any(not slope >= 0 for slope in slopes):
             raise OptionError(f"Slopes are at least 0 (a decay, never a growth); got {list(slopes)}.")
-        self.block_size, self.feature_map = block_size, feature_map
+        self.chunk_size, self.feature_map = block_size, feature_map
         self.slopes = None if slopes is None else tuple(slopes)
         self.layer_index, self.num_layers = layer_index, num_layers
 
     def extra_repr(self) -> str:
-        return f"block_size={self.block_size}, layer={self.layer_index} of {self.num_layers}"
+        return f"block_size={self.chunk_size}, layer={self.layer_index} of {self.num_layers}"
 
     def slope(self, heads: int) -> Tensor:
         """The slopes ``(heads,)`` in use."""
@@ -188,36 +175,11 @@ class LightningAttention(Mechanism):
             raise ShapeError(f"{len(self.slopes)} slopes were given, but there are {heads} query heads.")
         return torch.tensor(self.slopes, dtype=torch.float64)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
-        if request.keys is not None:
-            hidden = ~request.keys[..., None]
-            key, value = (expand_groups(t, query.shape[1]).masked_fill(hidden, 0) for t in (key, value))
-        out, _ = self._run(query, key, value, None, 1.0 if request.scale is None else request.scale)
-        return out
+    def map_features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return (F.silu(query), F.silu(key)) if self.feature_map == "silu" else (query, key)
 
-    def init_state(self, batch: int, *, like: Tensor, cache: KeyValueCache | None = None) -> LightningState:
-        self._own_state(cache)
-        return LightningState()
-
-    def step(self, query: Tensor, key: Tensor, value: Tensor, state: LightningState) -> tuple[Tensor, LightningState]:
-        out, running = self._run(query, key, value, state.running, 1.0)
-        return out, LightningState(running)
-
-    def _run(
-        self, query: Tensor, key: Tensor, value: Tensor, state: LinearState | None, scale: float
-    ) -> tuple[Tensor, LinearState]:
-        if self.feature_map == "silu":
-            query, key = F.silu(query), F.silu(key)
-        slope = self.slope(query.shape[1]).to(query.device)
-        return lightning_attention(query, key, value, slope, self.block_size, state, scale=scale)
-
-    def computed_pairs(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> float | None:
-        return None
-
-    def cost(self, shape: AttentionShape) -> Cost:
-        whole = linear_cost(shape, chunk=self.block_size)
-        state = shape.batch * shape.num_heads * shape.head_dim * shape.v_dim * 4
-        return replace(whole, bytes=whole.bytes - whole.state_bytes + state, state_bytes=state)
+    def gates(self, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return -self.slope(query.shape[1]).to(query.device, accumulation_dtype(query.dtype)), None
 
 
 def lrpe(x: Tensor, theta: Tensor, start: int = 0) -> Tensor:

@@ -31,12 +31,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from regard.cache import KeyValueCache
-from regard.cost import AttentionShape, Cost, linear_cost
 from regard.errors import OptionError, ShapeError
-from regard.kernels import LinearState, linear_attention
+from regard.kernels import linear_attention
 from regard.kernels.shapes import accumulation_dtype, expand_groups
 from regard.layers.feature_maps import positive_random_features, unit_vectors
+from regard.linear.frame import LinearMechanism
 from regard.mechanism import Mechanism, Request
 from regard.registry import register
 
@@ -249,19 +248,13 @@ class _Frozen(nn.Module):
 
 
 @register("slay")
-class Slay(Mechanism):
+class Slay(LinearMechanism):
     """SLAY on (query, key, value). Its random features are drawn when it is built, for ``num_heads`` query heads.
 
     num_nodes (R), num_features (M), num_poly (P): as in the paper. eps: of the kernel. poly: the map of degree two.
     delta: added to the denominator. chunk_size: tokens at once. resample: draw features anew before every training
     forward pass, so that no model fits one draw.
     """
-
-    patterns = frozenset({"self", "cross", "causal-self"})
-    mask_support = "keys"
-    needs_training = True
-    decodes = True
-    growth = "N"
 
     def __init__(
         self,
@@ -280,7 +273,7 @@ class Slay(Mechanism):
         _check(num_nodes, num_features, num_poly, eps, poly, delta)
         self.num_nodes, self.num_features, self.num_poly = num_nodes, num_features, num_poly
         self.eps, self.poly, self.delta = eps, poly, delta
-        self.chunk_size, self.resample = chunk_size, resample
+        self.chunk_size, self.resample, self.normalizer_eps = chunk_size, resample, delta
         self.num_heads, self.head_dim = num_heads, head_dim
         self.quadrature = quadrature(num_nodes, eps)
         self.frozen = _Frozen(*self._draw())
@@ -317,43 +310,14 @@ class Slay(Mechanism):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
         if self.resample and self.training:
             self.redraw()
-        return self._run(query, key, value, request.causal, request.keys, None)[0]
+        return super().attend(query, key, value, request)
 
-    def _run(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        causal: bool,
-        real: Tensor | None,
-        state: LinearState | None,
-    ) -> tuple[Tensor, LinearState]:
-        heads = query.shape[1]
-        q, k = self.features(query), self.features(expand_groups(key, heads))
-        v = expand_groups(value, heads)
-        if real is not None:
-            k, v = (t.masked_fill(~real[..., None], 0) for t in (k, v))
-        out, state = linear_attention(
-            q, k, v, causal=causal, normalize=True, eps=self.delta, state=state, chunk_size=self.chunk_size
-        )
-        return out.to(query.dtype), state
+    def map_features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return self.features(query), self.features(expand_groups(key, query.shape[1]))
 
-    def init_state(self, batch: int, *, like: Tensor, cache: KeyValueCache | None = None) -> LinearState | None:
-        self._own_state(cache)
-        return None
-
-    def step(
-        self, query: Tensor, key: Tensor, value: Tensor, state: LinearState | None
-    ) -> tuple[Tensor, LinearState | None]:
-        return self._run(query, key, value, True, None, state)
-
-    def computed_pairs(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> float | None:
-        return None
-
-    def cost(self, shape: AttentionShape) -> Cost:
-        wide = {"none": 1, "hadamard": 1, "exact": shape.head_dim**2}.get(self.poly, self.num_poly)
-        total = self.num_nodes * wide * self.num_features
-        return linear_cost(shape, total, self.chunk_size if shape.causal else None)
+    def feature_dim(self, head_dim: int) -> int:
+        wide = {"none": 1, "hadamard": 1, "exact": head_dim**2}.get(self.poly, self.num_poly)
+        return self.num_nodes * wide * self.num_features
 
 
 @register("yat_attention")
