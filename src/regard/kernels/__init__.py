@@ -7,6 +7,7 @@ from regard.kernels.backends import current_backend, use_backend
 from regard.kernels.block_sparse import block_sparse_attention
 from regard.kernels.delta_rule import delta_rule
 from regard.kernels.dense import dense_attention, dense_weights, masked_softmax
+from regard.kernels.ema import damped_ema
 from regard.kernels.flash_window import flash_window_attention
 from regard.kernels.linear import LinearState, linear_attention, linear_step
 from regard.kernels.merge import merge_attentions
@@ -23,6 +24,7 @@ __all__ = [
     "accumulation_dtype",
     "block_sparse_attention",
     "current_backend",
+    "damped_ema",
     "delta_rule",
     "dense_attention",
     "dense_weights",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regard.errors import OptionError, ShapeError
 from regard.kernels.backends import resolve
-from regard.kernels.decay import running_decay
+from regard.kernels.decay import fading, running_decay
 from regard.kernels.linear import LinearState
 from regard.kernels.segments import in_segments, segment_length
 from regard.kernels.shapes import accumulation_dtype, expand_groups
@@ -84,8 +84,9 @@ def _recurrent(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gap: Tensor, state: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
     outs = []
+    factor, rest = fading(gap[..., None, None], q.dtype)
     for t in range(q.shape[2]):
-        state = state * gap[:, :, t, None, None].exp()
+        state = torch.addcmul(state * factor[:, :, t], state, rest[:, :, t])
         here = k[:, :, t, None]
         new = beta[:, :, t, None, None] * (v[:, :, t, None] - here @ state)
         state = state + here.transpose(-1, -2) @ new
@@ -123,10 +124,12 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gap: Tensor, state: T
     solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
     own, taken = solved.split((v.shape[-1], k.shape[-1]), -1)
     scores, far = q @ k.transpose(-1, -2) * fade, q * reach
-    leave, total = k * (run[..., -1:] - run).to(q.dtype).exp()[..., None], reach[..., -1:, :]
+    leave = k * (run[..., -1:] - run).to(q.dtype).exp()[..., None]
+    factor, rest = fading(run[..., -1:, None], q.dtype)
     outs = []
     for c in range(q.shape[2]):
         new = own[:, :, c] - taken[:, :, c] @ state
         outs.append(far[:, :, c] @ state + scores[:, :, c] @ new)
-        state = total[:, :, c] * state + leave[:, :, c].transpose(-1, -2) @ new
+        new = leave[:, :, c].transpose(-1, -2) @ new
+        state = torch.addcmul(new, state, rest[:, :, c]).addcmul(state, factor[:, :, c])
     return torch.cat(outs, 2), state

@@ -19,7 +19,7 @@ from torch import Tensor
 from regard.errors import BackendError, OptionError, ShapeError
 from regard.kernels import native_linear
 from regard.kernels.backends import resolve
-from regard.kernels.decay import running_decay
+from regard.kernels.decay import fading, running_decay
 from regard.kernels.segments import in_segments, segment_length
 from regard.kernels.shapes import accumulation_dtype, expand_groups
 
@@ -238,13 +238,17 @@ def _recurrent(
     batch, heads, length, features = q.shape
     total = q.new_zeros(batch, heads, features, v.shape[-1]) if initial is None else initial
     outs = []
+    kept = None if decay is None else fading(decay[..., None], q.dtype)
     for t in range(length):
-        if decay is not None:
-            total = total * decay[:, :, t, :, None].exp()
-        total = total + k[:, :, t, :, None] * v[:, :, t, None]
+        new = k[:, :, t, :, None] * v[:, :, t, None]
+        total = total + new if kept is None else _faded(total, kept[0][:, :, t], kept[1][:, :, t], new)
         outs.append(_read(q[:, :, t, None], total, eps)[:, :, 0])
     width = v.shape[-1] - (eps is not None)
     return (torch.stack(outs, 2) if outs else q.new_zeros(batch, heads, 0, width)), total
+
+
+def _faded(total: Tensor, factor: Tensor, rest: Tensor, new: Tensor) -> Tensor:
+    return torch.addcmul(new, total, rest).addcmul(total, factor)
 
 
 def _chunked(
@@ -287,7 +291,7 @@ def _chunks(
     past = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     if decay is None:
         scores = (q @ k.transpose(-1, -2)).masked_fill(~past, 0)
-        reach, leave, whole = q, k, None
+        reach, leave, kept = q, k, None
     else:
         # A decay that does not change with time is the same in every chunk.
         constant = decay.shape[-1] == 1 and decay.stride(2) == 0
@@ -298,16 +302,19 @@ def _chunks(
         else:
             scores = _channel_scores(q, k, run)
         # Powers are taken relative to a chunk's end or start, so no exponent is ever positive.
-        fade = run.to(q.dtype).exp()
         leave = k * (run[:, :, :, -1:] - run).to(q.dtype).exp()
-        reach, whole = q * fade, fade[:, :, :, -1, :, None]
+        reach, kept = q * run.to(q.dtype).exp(), fading(run[:, :, :, -1, :, None], q.dtype)
     added = leave.transpose(-1, -2) @ v
     total = torch.zeros_like(added[:, :, 0]) if initial is None else initial
     before = []
     for index in range(q.shape[2]):
         before.append(total)
-        kept = total if whole is None else total * whole[:, :, min(index, whole.shape[2] - 1)]
-        total = added[:, :, index] + kept
+        new = added[:, :, index]
+        if kept is None:
+            total = total + new
+        else:
+            factor, rest = (part[:, :, min(index, part.shape[2] - 1)] for part in kept)
+            total = _faded(total, factor, rest, new)
     return _read_pairs(scores, v, reach, torch.stack(before, 2), eps).flatten(2, 3), total
 
 

@@ -123,8 +123,9 @@ struct Linear : LinearProblem {
   // The state after a chunk, from that before it.
   void advance(float* state, int64_t rows, const Scratch& s) const {
     if (decay != NONE) {
-      const float fade = left(rows - 1, s);
-      for (int64_t n = 0; n < dim * wide; ++n) state[n] *= fade;
+      // In double: a float near one is off by up to 3e-8, which a state that is updated very often would show.
+      const double fade = std::exp(s.run[rows - 1]);
+      for (int64_t n = 0; n < dim * wide; ++n) state[n] = float(state[n] * fade);
     }
     product(true, dim, wide, rows, s.faded.data(), 1, deep, {s.value.data(), wide, PANEL}, state, wide);
   }
