@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "BackendError",
+    "CommunicationError",
     "FileFormatError",
     "MissingExtraError",
     "OptionError",
@@ -49,6 +50,10 @@ class UnsupportedMaskError(RegardError, ValueError):
 
 class BackendError(RegardError, RuntimeError):
     """A backend that does not exist, or cannot run this request on this machine."""
+
+
+class CommunicationError(RegardError, RuntimeError):
+    """Ranks of a group that did not reach one another: one ended, came too late, or made another call."""
 
 
 class RetrofitError(RegardError, RuntimeError):

@@ -120,6 +120,11 @@ class Mechanism(nn.Module, Traits):
         """Whether with ``causal`` nothing of a later token reaches an earlier output, its selection included."""
         return True
 
+    def token_positions(self, length: int) -> Tensor | None:
+        """Where the ``length`` tokens of a call stand, ``(length,)``, for a host that rotates queries and keys; None:
+        one after the other, which is not so where a call holds a shard of a sequence (:mod:`regard.parallel`)."""
+        return None
+
     def forward(
         self,
         query: Tensor,

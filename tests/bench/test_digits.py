@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from regard.bench.digits import DigitImages, digits_accuracy, digits_vit
+from regard.bench.digits import DigitImages, PixelDigits, digits_accuracy, digits_vit
 from regard.bench.tasks import Digits
 from regard.errors import OptionError
 
@@ -46,3 +46,13 @@ def test_a_small_transformer_begins_to_learn() -> None:
     perfect = {tuple(image.flatten().tolist()): label for image, label in zip(*task.all(), strict=True)}
     oracle = lambda images: torch.eye(10)[torch.stack([perfect[tuple(i.flatten().tolist())] for i in images])]  # noqa: E731
     assert digits_accuracy(oracle, task) == 1
+
+
+def test_digits_pixel_by_pixel() -> None:
+    plain, shuffled = PixelDigits(), PixelDigits(shuffled=True)
+    pixels, classes = plain.all("test")
+    moved, same = shuffled.all("test")
+    assert pixels.shape[1:] == (64, 1) and torch.equal(classes, same)
+    assert not torch.equal(pixels, moved) and torch.equal(pixels.sort(1).values, moved.sort(1).values)
+    order = PixelDigits(shuffled=True).all("train")[0]
+    assert torch.equal(order, shuffled.all("train")[0]), "one order for all"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard.errors import OptionError, ShapeError
+from regard.errors import OptionError, ShapeError, UnsupportedPatternError
 from regard.masks import KeyPadding
 from regard.models.sequence import SequenceModel
 from regard.nn import MultiHeadAttention
@@ -79,6 +79,20 @@ def test_one_mechanism_per_layer() -> None:
     assert second.num_noise_heads == 2 and second.layer_index == 1
     made(words()).sum().backward()
     assert all(p.grad is not None for p in made.parameters())
+
+
+def test_layers_that_are_always_or_never_causal() -> None:
+    """They name no ``causal``; the model's has to be what they are."""
+    gated, x = model(mechanism="tnl_attention", positions="none"), words()
+    changed = x.clone()
+    changed[:, -1] = (x[:, -1] + 1) % 11
+    assert torch.equal(gated(x)[:, :-1], gated(changed)[:, :-1])
+    whole = model(mechanism="set_attention_block", positions="none", causal=False, grid=(3, 4))
+    assert not torch.allclose(whole(x)[:, :-1], whole(changed)[:, :-1])
+    with pytest.raises(UnsupportedPatternError, match="set_attention_block is never causal; got causal=True"):
+        model(mechanism="set_attention_block", positions="none")
+    with pytest.raises(UnsupportedPatternError, match="always causal"):
+        model(mechanism="tnl_attention", positions="none", causal=False)
 
 
 def test_errors() -> None:

@@ -14,7 +14,20 @@ from regard.bench.training import fit
 from regard.errors import OptionError
 from regard.models.vit import VisionTransformer
 
-__all__ = ["DigitImages", "digits_accuracy", "digits_vit"]
+__all__ = ["DigitImages", "PixelDigits", "digits_accuracy", "digits_vit"]
+
+
+class PixelDigits(Digits):
+    """The digits as sequences of 64 pixels, row by row, or with ``shuffled`` in one random order that is the same for
+    all (Le et al., 2015, arXiv 1504.00941, section 4.2). Inputs ``(batch, 64, 1)``, targets ``(batch,)``."""
+
+    length, input_dim = 64, 1
+
+    def __init__(self, shuffled: bool = False) -> None:
+        super().__init__()
+        if shuffled:
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(0))
+            self._data = {split: (x[:, order], y) for split, (x, y) in self._data.items()}
 
 
 class DigitImages(Digits):

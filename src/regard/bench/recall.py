@@ -23,16 +23,26 @@ class PairedRecall(Classification):
     Inputs ``(batch, length, input_dim)``: ``pairs`` memory tokens ``[key | value | 0]`` at random places of the first
     ``memory`` tokens, later each key again as a query token ``[key | 0 | 1]`` at a random place, noise of size
     ``noise`` everywhere. Targets: the value at a query token, ignored elsewhere. In split ``"far"`` (and ``"test"``)
-    queries stand in the last half of the sequence, in ``"train"`` anywhere behind the memory.
+    queries stand in the last half of the sequence, or ``distance`` tokens and more behind the memory, in ``"train"``
+    anywhere behind the memory.
     """
 
     def __init__(
-        self, length: int = 256, pairs: int = 8, keys: int = 16, values: int = 16, memory: int = 64, noise: float = 0.0
+        self,
+        length: int = 256,
+        pairs: int = 8,
+        keys: int = 16,
+        values: int = 16,
+        memory: int = 64,
+        noise: float = 0.0,
+        distance: int | None = None,
     ) -> None:
         if pairs > min(keys, memory) or memory + pairs > length // 2:
             raise OptionError(f"{pairs} pairs of {keys} keys in {memory} tokens do not fit a length of {length}.")
+        if distance is not None and not 0 <= distance <= length - memory - pairs:
+            raise OptionError(f"{pairs} queries {distance} tokens behind a memory of {memory} do not fit {length}.")
         self.length, self.pairs, self.keys, self.values, self.memory = length, pairs, keys, values, memory
-        self.noise = noise
+        self.noise, self.distance = noise, distance
         self.num_classes, self.input_dim = values, keys + values + 1
 
     def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
@@ -41,7 +51,8 @@ class PairedRecall(Classification):
         def draw(count: int, chosen: int) -> Tensor:
             return torch.rand(size, count, generator=generator).argsort(-1)[:, :chosen]
 
-        first = self.memory if split == "train" else self.length // 2
+        far = self.length // 2 if self.distance is None else self.memory + self.distance
+        first = self.memory if split == "train" else far
         keys = F.one_hot(draw(self.keys, self.pairs), self.keys).float()
         answers = torch.randint(self.values, (size, self.pairs), generator=generator)
         values, nothing = F.one_hot(answers, self.values).float(), torch.zeros(size, self.pairs, 1)

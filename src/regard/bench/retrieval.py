@@ -8,7 +8,7 @@ from torch import Tensor
 from regard.bench.tasks import IGNORED, Classification
 from regard.errors import OptionError
 
-__all__ = ["Passkey"]
+__all__ = ["NEEDLES", "Passkey", "needle"]
 
 
 class Passkey(Classification):
@@ -19,28 +19,58 @@ class Passkey(Classification):
     digits in a row, each a token that tells its place and its value; at the very end one question token for each place.
     Targets: the digit at a question, ignored elsewhere. ``depth``: where the key stands, as a share of the text (None:
     anywhere). One hop of attention answers, so what is tested is that the one place is found.
+
+    ``kinds``: of digits (26: letters). ``sentence``: the filler is one sentence of so many tokens over and over, drawn
+    anew for each text; None for filler without any order.
     """
 
-    def __init__(self, length: int = 2048, digits: int = 5, fillers: int = 64, depth: float | None = None) -> None:
+    def __init__(
+        self,
+        length: int = 2048,
+        digits: int = 5,
+        fillers: int = 64,
+        depth: float | None = None,
+        kinds: int = 10,
+        sentence: int | None = None,
+    ) -> None:
         if digits < 1 or fillers < 1 or length < 3 * digits:
             raise OptionError(f"A key of {digits} digits needs a text of at least {3 * digits} tokens; got {length}.")
         if depth is not None and not 0 <= depth <= 1:
             raise OptionError(f"depth is a share of the text, between 0 and 1; got {depth}.")
-        self.length, self.digits, self.fillers, self.depth = length, digits, fillers, depth
-        self.num_classes, self.vocab_size = 10, fillers + 11 * digits
+        if kinds < 2 or (sentence is not None and sentence < 1):
+            raise OptionError(f"Need at least 2 kinds of digits and a sentence of a token; got {kinds} and {sentence}.")
+        self.length, self.digits, self.fillers, self.depth, self.sentence = length, digits, fillers, depth, sentence
+        self.num_classes, self.vocab_size = kinds, fillers + (kinds + 1) * digits
 
     def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
         """``size`` texts and their targets."""
-        inputs = torch.randint(self.fillers, (size, self.length), generator=generator)
-        key = torch.randint(10, (size, self.digits), generator=generator)
+        inputs = torch.randint(self.fillers, (size, self.sentence or self.length), generator=generator)
+        inputs = inputs[:, torch.arange(self.length) % inputs.shape[1]]
+        key = torch.randint(self.num_classes, (size, self.digits), generator=generator)
         room = self.length - 2 * self.digits
         if self.depth is None:
             start = torch.randint(room + 1, (size, 1), generator=generator)
         else:
             start = torch.full((size, 1), round(self.depth * room))
         place = torch.arange(self.digits)
-        inputs.scatter_(1, start + place, self.fillers + 10 * place + key)
-        inputs[:, -self.digits :] = self.fillers + 10 * self.digits + place
+        inputs.scatter_(1, start + place, self.fillers + self.num_classes * place + key)
+        inputs[:, -self.digits :] = self.fillers + self.num_classes * self.digits + place
         targets = torch.full_like(inputs, IGNORED)
         targets[:, -self.digits :] = key
         return inputs, targets
+
+
+NEEDLES: dict[str, dict[str, int | None]] = {
+    "passkey": {"sentence": 16, "kinds": 10},
+    "number": {"sentence": None, "kinds": 10},
+    "word": {"sentence": None, "kinds": 26},
+}
+"""The single needles of RULER (Hsieh et al., 2024, arXiv 2404.06654, section 3) in symbols: a number in one sentence
+that repeats, a number in text, and a word, spelled letter by letter, in text."""
+
+
+def needle(style: str, length: int = 2048, **options: int | float | None) -> Passkey:
+    """The needle task of a style of :data:`NEEDLES`; options as in :class:`Passkey`."""
+    if style not in NEEDLES:
+        raise OptionError(f"There is no needle {style!r}; choose one of {', '.join(NEEDLES)}.")
+    return Passkey(length, **{**NEEDLES[style], **options})  # type: ignore[arg-type]

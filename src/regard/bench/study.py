@@ -9,52 +9,37 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from regard.bench.kept import load_kept, save_kept
-from regard.bench.recall import PairedRecall
-from regard.bench.retrieval import Passkey
-from regard.bench.tasks import MultiQueryRecall, Task
+from regard.bench.study_tasks import TASKS, SizedTask, TaskSetup
+from regard.bench.tasks import Task
 from regard.bench.training import evaluate
-from regard.errors import OptionError, RegardError, UnknownNameError
+from regard.errors import OptionError, RegardError, UnknownNameError, UnsupportedPatternError
+from regard.mechanism import Layer, Mechanism
 from regard.models.sequence import SequenceModel
-from regard.registry import describe
+from regard.registry import describe, get
 
-__all__ = ["TASKS", "Outcome", "Study", "StudyResult", "parse_seconds", "run_study", "tested_sequences"]
+__all__ = ["Outcome", "Study", "StudyResult", "parse_seconds", "run_study", "tested_sequences"]
 
 VERSION = 1
 # Seconds between two checkpoints.
 _KEPT_EVERY = 20.0
-# Tokens of a batch in training, and of a test at each length, which has so many sequences at least.
-_BATCH, _TESTED, _FEWEST = 4096, 131072, 2
-_SHORTEST = 64
-
-
-class SizedTask(Task, Protocol):
-    """A task that knows the length of its sequences."""
-
-    length: int
-
-
-TASKS: dict[str, Callable[[int], SizedTask]] = {
-    "passkey": lambda length: Passkey(length, digits=16),
-    "recall": lambda length: PairedRecall(length, pairs=16, keys=32, values=16, memory=length // 4),
-    "mqar": lambda length: MultiQueryRecall(length=length),
-}
-"""Tasks by name, for a length: a passkey in filler; pairs of key and value, asked for in any order, one hop
-(``recall``) or two (``mqar``)."""
+# A test has so many sequences at least.
+_FEWEST = 2
 
 
 @dataclass(frozen=True)
 class Study:
-    """``task``: a name in :data:`TASKS`. ``length``: tokens in training, which begins with a thirty-second.
-    ``test_lengths``: in tests. ``seconds``: of training a mechanism. ``options``: per mechanism, over what the
-    catalogue suggests for some thousands of tokens."""
+    """``task``: a name in :data:`~regard.bench.study_tasks.TASKS`. ``length``: tokens in training, which begins with
+    ``shortest`` or a thirty-second. ``test_lengths``: in tests. ``seconds``: of training a mechanism. ``options``: per
+    mechanism, over what the catalogue suggests for some thousands of tokens. ``tokens``, ``tested``: of a batch in
+    training, and of a test at each length."""
 
     task: str
     mechanisms: tuple[str, ...]
@@ -67,20 +52,82 @@ class Study:
     depth: int = 2
     seed: int = 0
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    positions: str = "none"
+    shortest: int = 64
+    tokens: int = 4096
+    tested: int = 131072
+
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        mechanisms: tuple[str, ...],
+        length: int | None = None,
+        test_lengths: tuple[int, ...] | None = None,
+        **settings: Any,
+    ) -> Study:
+        """A study with the task's own settings where none are given, and two sequences a batch at least."""
+        setup = _setup(task)
+        length = setup.length if length is None else length
+        own: dict[str, Any] = {"lr": setup.lr, "positions": setup.positions, "shortest": setup.shortest}
+        own |= {"tokens": max(setup.tokens, 2 * length), "tested": setup.tested}
+        tests = tuple(times * length for times in setup.tests) if test_lengths is None else test_lengths
+        return cls(task, mechanisms, length, tests, **{**own, **settings})
+
+    @property
+    def setup(self) -> TaskSetup:
+        """How the task is trained."""
+        return _setup(self.task)
 
     def at(self, length: int) -> SizedTask:
         """The task at a length."""
-        if self.task not in TASKS:
-            raise UnknownNameError("task", self.task, TASKS, f"There are: {', '.join(TASKS)}.")
-        return TASKS[self.task](length)
+        return self.setup.at(length)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What all results of a folder have in common."""
+        facts = asdict(self)
+        return {name: facts[name] for name in facts if name not in ("mechanisms", "options", "test_lengths")}
+
+    def kept(self, folder: Path) -> StudyResult | None:
+        """What an earlier run of this study left in ``folder``. Raises OptionError for another study's results."""
+        done = StudyResult.load(folder)
+        # A setting that an older version did not write down had its default.
+        known = {f.name: f.default for f in fields(self) if f.name in self.fingerprint and f.default is not MISSING}
+        if done is not None and {**known, **done.fingerprint} != self.fingerprint:
+            raise OptionError(
+                f"{folder} holds another study: {done.fingerprint} against {self.fingerprint}. Give another --out, or "
+                "remove it."
+            )
+        return done
+
+    def sequences(self, length: int) -> int:
+        """How many sequences of a length a test has."""
+        return tested_sequences(length, self.tested)
 
     def settings(self, name: str) -> dict[str, Any]:
         """The options that ``name`` runs with."""
         return {**describe(name).compare, **self.options.get(name, {})}
 
+    def causal(self, name: str) -> bool:
+        """Whether ``name`` runs causally: wherever it can; without where the task has one answer a sequence.
+
+        Raises UnsupportedPatternError where it can do neither.
+        """
+        patterns = cast(type[Layer | Mechanism], get(name)).patterns
+        if "causal-self" in patterns:
+            return True
+        if not self.setup.pooled:
+            raise UnsupportedPatternError(f"{name} has no causal form, and this task asks all along the sequence.")
+        return False
+
     def model(self, name: str) -> SequenceModel:
-        """The model with this mechanism, untrained; no positions, so that any length can be read."""
-        task = self.at(self.length)
+        """The model with this mechanism, untrained. Without learned positions it reads any length."""
+        task, setup = self.at(self.length), self.setup
+        causal = self.causal(name)
+        cls = cast(type[Layer | Mechanism], get(name))
+        if cls.needs_grid and (setup.grid is None or len(setup.grid) not in cls.grid_axes):
+            raise UnsupportedPatternError(f"{name} needs a grid that this task's sequences do not have.")
         torch.manual_seed(self.seed)
         words = getattr(task, "vocab_size", None)
         return SequenceModel(
@@ -92,21 +139,32 @@ class Study:
             num_heads=self.num_heads,
             mechanism=name,
             options=self.settings(name),
-            positions="none",
+            causal=causal,
+            positions=self.positions,
+            max_length=self.length,
+            pool="mean" if setup.pooled else "none",
+            grid=setup.grid if cls.needs_grid else None,
         )
+
+
+def _setup(task: str) -> TaskSetup:
+    if task not in TASKS:
+        raise UnknownNameError("task", task, TASKS, f"There are: {', '.join(TASKS)}.")
+    return TASKS[task]
 
 
 @dataclass
 class Outcome:
-    """One mechanism's result: share of right answers by length of the test. ``reason``: why there is none."""
+    """One mechanism's result: the task's score by length of the test. ``reason``: why there is none."""
 
     mechanism: str
     options: dict[str, Any] = field(default_factory=dict)
     parameters: int = 0
     steps: int = 0
     loss: float | None = None
-    accuracy: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    causal: bool = True
 
 
 @dataclass
@@ -128,6 +186,10 @@ class StudyResult:
 
     @classmethod
     def _read(cls, raw: dict[str, Any]) -> StudyResult:
+        for outcome in raw["outcomes"]:
+            # Their name when all tasks were scored by it.
+            if "accuracy" in outcome:
+                outcome["scores"] = outcome.pop("accuracy")
         return cls(raw["fingerprint"], [Outcome(**outcome) for outcome in raw["outcomes"]])
 
 
@@ -144,9 +206,9 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
-def tested_sequences(length: int) -> int:
-    """How many sequences of a length a test has."""
-    return max(_TESTED // length, _FEWEST)
+def tested_sequences(length: int, tokens: int = 131072) -> int:
+    """How many sequences of a length a test of so many tokens has."""
+    return max(tokens // length, _FEWEST)
 
 
 def run_study(
@@ -158,26 +220,28 @@ def run_study(
     and the training under way are kept there, and the same study goes on from them.
     """
     folder = None if out is None else Path(out)
-    fingerprint = asdict(study)
-    for varying in ("mechanisms", "options", "test_lengths"):
-        del fingerprint[varying]
-    done = None if folder is None else StudyResult.load(folder)
-    if done is not None and done.fingerprint != fingerprint:
-        raise OptionError(
-            f"{folder} holds another study: {done.fingerprint} against {fingerprint}. Give another --out, or remove it."
-        )
-    result = done or StudyResult(fingerprint)
     study.at(study.length)
+    if study.positions == "learned" and max(study.test_lengths) > study.length:
+        raise OptionError(
+            f"The models learn a vector for each of {study.length} positions here, and cannot be tested at "
+            f"{max(study.test_lengths)} tokens."
+        )
+    result = (None if folder is None else study.kept(folder)) or StudyResult(study.fingerprint)
     for name in study.mechanisms:
-        outcome = next((o for o in result.outcomes if (o.mechanism, o.options) == (name, study.settings(name))), None)
+        settings = study.settings(name)
+        outcome = next((o for o in result.outcomes if (o.mechanism, o.options) == (name, settings)), None)
         if outcome is None:
             result.outcomes = [o for o in result.outcomes if o.mechanism != name]
-            outcome = Outcome(name, study.settings(name))
+            outcome = Outcome(name, settings)
             result.outcomes.append(outcome)
         try:
+            outcome.reason = ""
             _measure(study, name, outcome, folder, report)
         except RegardError as error:
             outcome.reason = str(error)
+        except Exception as error:
+            # One mechanism's fault is not the others'.
+            outcome.reason = f"{type(error).__name__}: {error}"
         if folder is not None:
             result.save(folder)
     return result
@@ -186,18 +250,35 @@ def run_study(
 def _measure(
     study: Study, name: str, outcome: Outcome, folder: Path | None, report: Callable[[str, float], None]
 ) -> None:
-    missing = [length for length in study.test_lengths if str(length) not in outcome.accuracy]
+    missing = [length for length in study.test_lengths if str(length) not in outcome.scores]
     if not missing:
         report(f"{name}: kept from an earlier run", 1.0)
         return
     model = study.model(name)
-    outcome.parameters = sum(p.numel() for p in model.parameters())
+    outcome.causal, outcome.parameters = model.causal, sum(p.numel() for p in model.parameters())
+    if study.setup.shows_answers and _reads_ahead(model, study.at(study.length)):
+        raise UnsupportedPatternError(f"{name} lets later tokens change earlier outputs, and this task's hold answers.")
     _train(study, name, model, outcome, folder, report)
     for length in missing:
         report(f"{name}: testing at {length}", 1.0)
-        task, count = study.at(length), tested_sequences(length)
-        size = max(min(count, _BATCH // length), 1)
-        _, outcome.accuracy[str(length)] = evaluate(model, task, batches=count // size, batch_size=size)
+        task, count = study.at(length), study.sequences(length)
+        size = max(min(count, study.tokens // length), 1)
+        _, score = evaluate(model, task, batches=count // size, batch_size=size)
+        if not math.isfinite(score):
+            raise OptionError(f"The outputs at {length} tokens are not finite numbers.")
+        outcome.scores[str(length)] = score
+
+
+@torch.no_grad()
+def _reads_ahead(model: SequenceModel, task: SizedTask) -> bool:
+    """Whether other tokens in the second half change outputs in the first."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, other = (task.batch(2, generator)[0] for _ in range(2))
+    half = inputs.shape[1] // 2
+    other[:, :half] = inputs[:, :half]
+    model.eval()
+    before, after = (model(tokens)[:, :half] for tokens in (inputs, other))
+    return not torch.allclose(before, after, atol=1e-4)
 
 
 def _train(
@@ -209,9 +290,10 @@ def _train(
     report: Callable[[str, float], None],
 ) -> None:
     """Until the seconds are spent: AdamW, warm-up over a twentieth of them, cosine decay to a tenth. Lengths double
-    from a thirty-second to the whole, each for an equal time: what to look for is learned where it is cheap."""
-    lengths = [study.length >> halvings for halvings in range(5, -1, -1) if study.length >> halvings >= _SHORTEST]
-    tasks = [study.at(length) for length in lengths or [study.length]]
+    up to the whole, each for an equal time: what to look for is learned where it is cheap."""
+    lengths = [study.length >> halvings for halvings in range(5, -1, -1) if study.length >> halvings >= study.shortest]
+    lengths = lengths or [study.length]
+    tasks = [study.at(length) for length in lengths]
     optimizer = torch.optim.AdamW(model.parameters(), lr=study.lr, weight_decay=0.01, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(study.seed)
     file = None if folder is None else folder / f"{name}.pt"
@@ -235,16 +317,18 @@ def _train(
         file.with_suffix(".partial").replace(file)
 
     model.train()
-    last, saved = time.perf_counter(), spent
+    last, saved = _now(), spent
     while spent < study.seconds:
         share = spent / study.seconds
         rate = min(20 * share + 1e-3, 0.1 + 0.45 * (1 + math.cos(math.pi * share)))
         for part in optimizer.param_groups:
             part["lr"] = study.lr * rate
-        task = tasks[int(share * len(tasks))]
-        loss = _step(model, task, optimizer, max(_BATCH // task.length, 1), generator)
+        stage = int(share * len(tasks))
+        loss = _step(model, tasks[stage], optimizer, max(study.tokens // lengths[stage], 1), generator)
         step += 1
-        now = time.perf_counter()
+        if not math.isfinite(loss):
+            raise OptionError(f"Training diverged: the loss of step {step} is {loss}.")
+        now = _now()
         spent, last = spent + now - last, now
         report(f"{name}: step {step}, loss {loss:.3f}", min(spent / study.seconds, 1.0))
         if spent - saved > _KEPT_EVERY:
@@ -252,6 +336,11 @@ def _train(
             saved = spent
     keep()
     outcome.steps, outcome.loss = step, loss
+
+
+def _now() -> float:
+    """Seconds: of the processor where it is one thread's, so that what else the machine does takes nobody's time."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _step(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sysconfig
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,14 @@ class Task(Protocol):
 class Classification:
     """Loss and score of tasks whose targets are classes, ignored where negative."""
 
+    metric: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
     num_classes: int
+
+    @property
+    def chance(self) -> float:
+        """The score of guessing, where all classes are as frequent."""
+        return 1 / self.num_classes
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
@@ -67,10 +74,14 @@ class MultiQueryRecall(Classification):
 
     A sequence opens with ``pairs`` key-value pairs; later each key comes again once, at random places among filler,
     and the model must answer with its value at that place. Inputs ``(batch, length)``: keys and values have disjoint
-    halves of the vocabulary, filler is token 0. Targets: the value at a repeated key, ignored elsewhere.
+    halves of the vocabulary, filler is token 0. Targets: the value at a repeated key, ignored elsewhere. power: the
+    ``i``-th place behind the pairs is drawn in proportion to ``i^(power - 1)``, by default all alike; 0.01, as in
+    Zoology, asks mostly soon.
     """
 
-    def __init__(self, vocab_size: int = 64, pairs: int = 16, length: int = 256) -> None:
+    def __init__(self, vocab_size: int = 64, pairs: int = 16, length: int = 256, power: float | None = None) -> None:
+        if power is not None and not power > 0:
+            raise OptionError(f"power is above 0, got {power}.")
         if 3 * pairs > length or pairs > (vocab_size - 1) // 2:
             raise OptionError(
                 f"{pairs} pairs need length >= {3 * pairs} and vocab_size >= {2 * pairs + 1}; "
@@ -78,6 +89,12 @@ class MultiQueryRecall(Classification):
             )
         self.vocab_size, self.pairs, self.length = vocab_size, pairs, length
         self.num_classes = vocab_size
+        self.power = power
+
+    @property
+    def chance(self) -> float:
+        """Of guessing among the values."""
+        return 1 / ((self.vocab_size - 1) // 2)
 
     def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
         half = (self.vocab_size - 1) // 2
@@ -86,7 +103,12 @@ class MultiQueryRecall(Classification):
         inputs = torch.zeros(size, self.length, dtype=torch.int64)
         inputs[:, 0 : 2 * self.pairs : 2], inputs[:, 1 : 2 * self.pairs : 2] = keys, values
         free = self.length - 2 * self.pairs
-        places = torch.rand(size, free, generator=generator).argsort(-1)[:, : self.pairs] + 2 * self.pairs
+        if self.power is None:
+            places = torch.rand(size, free, generator=generator).argsort(-1)[:, : self.pairs]
+        else:
+            chances = torch.arange(1, free + 1, dtype=torch.float64) ** (self.power - 1)
+            places = torch.multinomial(chances.expand(size, -1), self.pairs, generator=generator)
+        places = places + 2 * self.pairs
         targets = torch.full_like(inputs, IGNORED)
         inputs.scatter_(1, places, keys)
         targets.scatter_(1, places, values)

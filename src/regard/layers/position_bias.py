@@ -1,5 +1,5 @@
 """Relative position biases, added to the logits of pairs: a learned number per head and offset, a small network of the
-offset, or a learned vector per row and column offset that meets the query."""
+offset, waves of the offset, or a learned vector per row and column offset that meets the query."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from regard.kernels.shapes import accumulation_dtype
 __all__ = [
     "ContinuousPositionBias",
     "RelativePositionBias",
+    "RotaryPositionBias",
     "RowColumnPositions",
     "fold_positions",
     "relative_offsets",
@@ -113,6 +114,34 @@ class ContinuousPositionBias(nn.Module):
         if len(sides) != len(self.window):
             raise ShapeError(f"A bias on {len(self.window)} axes has no value for windows of {sides}.")
         return self.at(relative_offsets(sides, next(self.network.parameters()).device))
+
+
+class RotaryPositionBias(nn.Module):
+    """``(R_i a) . (R_j b)`` with learned vectors ``a`` and ``b`` of ``dim`` numbers and the rotations ``R`` of rotary
+    positions: a sum of ``dim / 2`` waves of the offset ``i - j``, for one head and any length.
+
+    Ma et al., "Mega", 2022, arXiv 2209.10655, as in its released code. Both vectors are drawn from a normal
+    distribution of deviation ``std``.
+    """
+
+    def __init__(self, dim: int, std: float = 0.02, base: float = 10000.0) -> None:
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise OptionError(f"Rotations turn pairs of channels: dim is even and at least 2, got {dim}.")
+        self.dim, self.base = dim, base
+        self.first, self.second = (nn.Parameter(std * torch.randn(dim)) for _ in range(2))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+    def at(self, offsets: Tensor) -> Tensor:
+        """The bias at integer ``offsets`` ``(..., 1)``, query minus key: ``(1, ...)``."""
+        rates = self.base ** (-torch.arange(0, self.dim, 2, dtype=torch.float64, device=offsets.device) / self.dim)
+        # Angles are formed in float64: at long lengths float32 loses digits of offset times rate.
+        angles = offsets.to(torch.float64) * rates
+        (a, b), (c, d) = self.first.chunk(2), self.second.chunk(2)
+        waves = angles.cos().to(a.dtype) * (a * c + b * d) + angles.sin().to(a.dtype) * (a * d - b * c)
+        return waves.sum(-1)[None]
 
 
 class RowColumnPositions(nn.Module):

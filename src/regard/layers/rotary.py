@@ -11,7 +11,7 @@ __all__ = ["apply_rotary", "rotary_angles"]
 
 
 def rotary_angles(
-    length: int,
+    length: int | Tensor,
     head_dim: int,
     *,
     base: float = 10000.0,
@@ -20,12 +20,18 @@ def rotary_angles(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``(length, head_dim)`` of ``length`` positions from ``start`` on, ``step`` apart."""
+    """Cosines and sines ``(length, head_dim)`` of ``length`` positions from ``start`` on, ``step`` apart.
+
+    length: or the positions themselves, ``(length,)``, where tokens do not follow one another.
+    """
     if head_dim % 2:
         raise OptionError(f"Rotary positions need an even head_dim, got {head_dim}.")
     # Angles are formed in float64: at long lengths float32 loses digits of position times frequency.
     rates = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
-    position = start + step * torch.arange(length, device=device, dtype=torch.float64)
+    if isinstance(length, Tensor):
+        position = length.to(rates)
+    else:
+        position = start + step * torch.arange(length, device=device, dtype=torch.float64)
     angles = position[:, None] * rates
     angles = torch.cat((angles, angles), -1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

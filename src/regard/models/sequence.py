@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from regard.errors import OptionError, ShapeError
+from regard.errors import OptionError, ShapeError, UnsupportedPatternError
 from regard.masks import Mask
 from regard.mechanism import Layer
 from regard.nn import TransformerBlock, make_attention
@@ -63,6 +64,7 @@ class SequenceModel(nn.Module):
         if self.positions is not None:
             nn.init.normal_(self.positions, std=0.02)
         self.blocks = nn.ModuleList()
+        self._unnamed: list[frozenset[str]] = []
         for index, (name, setting) in enumerate(zip(names, settings, strict=True)):
             keywords: dict[str, Any] = {"layer_index": index, "num_layers": depth, **setting}
             # Some layers have rotary positions by default.
@@ -70,9 +72,9 @@ class SequenceModel(nn.Module):
                 keywords.setdefault("rotary", positions == "rotary")
             if num_kv_heads is not None:
                 keywords["num_kv_heads"] = num_kv_heads
-            self.blocks.append(
-                TransformerBlock(embed_dim, make_attention(name, embed_dim, num_heads, **keywords), mlp_ratio)
-            )
+            attention = make_attention(name, embed_dim, num_heads, **keywords)
+            self._unnamed.append(_unnamed(name, attention, causal))
+            self.blocks.append(TransformerBlock(embed_dim, attention, mlp_ratio))
         self.norm = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
 
@@ -88,8 +90,8 @@ class SequenceModel(nn.Module):
             call["mask"] = mask
         if self.grid is not None:
             call["grid"] = self.grid
-        for block in self.blocks:
-            hidden = block(hidden, **call)
+        for block, unnamed in zip(self.blocks, self._unnamed, strict=True):
+            hidden = block(hidden, **{name: value for name, value in call.items() if name not in unnamed})
         hidden = self.norm(hidden)
         return cast(Tensor, self.head(hidden if self.pool == "none" else self._pool(hidden, mask)))
 
@@ -103,3 +105,14 @@ class SequenceModel(nn.Module):
             return (hidden * share[..., None].to(hidden.dtype)).sum(1)
         last = (real * torch.arange(real.shape[1], device=real.device)).argmax(-1)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def _unnamed(name: str, attention: nn.Module, causal: bool) -> frozenset[str]:
+    """What a layer's ``forward`` does not name and need not be told: that it is what it always is, and the grid."""
+    named = inspect.signature(attention.forward).parameters
+    if not isinstance(attention, Layer) or any(p.kind is p.VAR_KEYWORD for p in named.values()):
+        return frozenset()
+    always = all(pattern.startswith("causal") for pattern in attention.patterns)
+    if "causal" not in named and causal != always:
+        raise UnsupportedPatternError(f"{name} is {'always' if always else 'never'} causal; got causal={causal}.")
+    return frozenset({"causal", "grid"} - set(named))

@@ -136,7 +136,9 @@ class MultiHeadAttention(nn.Module):
         key, value = heads(self.key(key_source), self.num_kv_heads), heads(self.value(value_source), self.num_kv_heads)
         if self.rotary:
             longest = max(query.shape[2], key.shape[2])
-            cos, sin = rotary_angles(longest, self.head_dim, device=x.device, dtype=x.dtype)
+            places = self.mechanism.token_positions(longest)
+            counted = longest if places is None else places
+            cos, sin = rotary_angles(counted, self.head_dim, device=x.device, dtype=x.dtype)
             query, key = (
                 apply_rotary(t, cos[longest - t.shape[2] :], sin[longest - t.shape[2] :]) for t in (query, key)
             )

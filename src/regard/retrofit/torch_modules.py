@@ -33,17 +33,17 @@ def _patch(closing: ExitStack, target: object, kind: str, apply: Callable[[], Ca
     closing.callback(_patches.release, target, kind)
 
 
-def _instead(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
-    """Give one instance another ``forward``."""
+def _instead(module: nn.Module, method: Callable[..., Any], name: str = "forward") -> Callable[[], None]:
+    """Give one instance another ``forward``, or another method."""
     missing = object()
-    before = module.__dict__.get("forward", missing)
-    module.__dict__["forward"] = forward
+    before = module.__dict__.get(name, missing)
+    module.__dict__[name] = method
 
     def undo() -> None:
         if before is missing:
-            del module.__dict__["forward"]
+            del module.__dict__[name]
         else:
-            module.__dict__["forward"] = before
+            module.__dict__[name] = before
 
     return undo
 
@@ -52,8 +52,16 @@ def open_mechanism(site: Site, closing: ExitStack) -> None:
     """Lead the calls of a mechanism inside a host to its switch."""
     mechanism = site.module
     assert isinstance(mechanism, Mechanism)
-    own = mechanism.forward
+    own, standing = mechanism.forward, mechanism.token_positions
     _patch(closing, mechanism, "forward", partial(_instead, mechanism, partial(_mechanism_forward, mechanism, own)))
+    places = partial(_token_positions, mechanism, standing)
+    _patch(closing, mechanism, "positions", partial(_instead, mechanism, places, "token_positions"))
+
+
+def _token_positions(module: Mechanism, own: Callable[[int], Tensor | None], length: int) -> Tensor | None:
+    """Hosts that rotate ask the mechanism that they hold, and mean the one that answers."""
+    chosen = switches[id(module)].replacement
+    return own(length) if chosen is None else chosen.mechanism.token_positions(length)
 
 
 def _mechanism_forward(
