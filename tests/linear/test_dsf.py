@@ -356,7 +356,14 @@ def test_wrong_use_is_told() -> None:
         separable_ltv(query, query, query, query)
     with pytest.raises(ShapeError):
         separable_ltv(query, query[:, :, :2], query)
+    with pytest.raises(ShapeError, match="normalizer"):
+        normalized_attention(query, query, query, query)
+    with pytest.raises(ShapeError, match="takes"):
+        layer_of("s6")(x[..., :5])
     for build in (
+        lambda: SeparableAttention(DIM, 0),
+        lambda: QLSTM(DIM, 0),
+        lambda: RGLRU(DIM, expansion=0),
         lambda: SeparableAttention(DIM, 5),
         lambda: SeparableAttention(DIM, 3, kernel="cosine"),
         lambda: SeparableAttention(DIM, 3, kernel="softmax", normalizer="exp"),

@@ -30,7 +30,7 @@ from regard.kernels.block_plan import Plan, codes_of, plan_of
 from regard.kernels.score_bias import TableBias
 from regard.layout import BlockLayout
 
-__all__ = ["Status", "available", "backward", "forward", "status", "worthwhile"]
+__all__ = ["Status", "available", "backward", "cache_folder", "forward", "status", "worthwhile"]
 
 _SOURCES = tuple(Path(__file__).with_name(f"native_{name}.cpp") for name in ("blocks", "linear"))
 _HEADER = Path(__file__).with_name("native_tiles.h")
@@ -153,12 +153,17 @@ def _compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
+def cache_folder() -> Path:
+    """Where this library keeps what it can make again: ``REGARD_CACHE``, or the user's cache."""
+    home = os.environ.get("REGARD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard"
+    return Path(home)
+
+
 @cache
 def _path() -> Path:
-    home = os.environ.get("REGARD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regard"
     key = hashlib.sha256(b"".join(file.read_bytes() for file in (_HEADER, *_SOURCES)))
     key.update(" ".join((*_FLAGS, *_TUNED, sys.platform, platform.machine(), _processor())).encode())
-    return Path(home) / "native" / key.hexdigest()[:16] / "libregard.so"
+    return cache_folder() / "native" / key.hexdigest()[:16] / "libregard.so"
 
 
 def _processor() -> str:

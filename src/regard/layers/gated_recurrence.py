@@ -29,7 +29,7 @@ class RealGatedLRU(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 1) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        if dim < 1 or num_heads < 1 or dim % num_heads:
             raise OptionError(f"{num_heads} blocks do not divide {dim} channels.")
         self.dim, self.num_heads, width = dim, num_heads, dim // num_heads
         self.gates = nn.Parameter(torch.randn(num_heads, width, 2 * width) * width**-0.5)
@@ -73,6 +73,8 @@ class QuasiLSTM(nn.Module):
 
     def __init__(self, dim: int, reversed_sigmoid: bool = True) -> None:
         super().__init__()
+        if dim < 1:
+            raise OptionError(f"dim is at least 1, got {dim}.")
         self.dim, self.reversed_sigmoid = dim, reversed_sigmoid
         self.gates = nn.Linear(dim, 3 * dim)
         nn.init.normal_(self.gates.weight, std=dim**-0.5)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.errors import OptionError, UnsupportedPatternError
+from regard.errors import OptionError, ShapeError, UnsupportedPatternError
 from regard.kernels import LinearState, accumulation_dtype, dense_attention, linear_attention
 from regard.layers.causal_conv import CausalConv
 from regard.layers.feature_maps import poly_features, poly_width
@@ -73,8 +73,11 @@ def normalized_attention(
     query ``(batch, heads, length, d)``, key and value ``(batch, kv_heads, length, ...)``, normalizer ``n (batch, heads,
     length)``, of which values beyond 30 in size count as 30. No feature map, no sum of scores.
     """
+    if normalizer.shape != query.shape[:3]:
+        raise ShapeError(f"normalizer is {tuple(query.shape[:3])} for these queries, got {tuple(normalizer.shape)}.")
     out, state = linear_attention(query, key, value, causal=True, state=state, backend=backend)
-    return out * (-normalizer.clamp(-LIMIT, LIMIT)).exp()[..., None].to(out.dtype), state
+    factor = (-normalizer.to(state.sum.dtype).clamp(-LIMIT, LIMIT)).exp()
+    return (out * factor[..., None]).to(query.dtype), state
 
 
 class SeparableCore(nn.Module):
@@ -93,7 +96,7 @@ class SeparableCore(nn.Module):
         eps: float,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise OptionError(f"{num_heads} heads do not divide {dim} channels.")
         if kernel not in KERNELS or normalizer not in NORMALIZERS:
             raise OptionError(
@@ -269,6 +272,8 @@ class StateMixer(Layer):
         return self._run(x, state, None)
 
     def _run(self, x: Tensor, state: MixerState, keys: Tensor | None) -> tuple[Tensor, MixerState]:
+        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+            raise ShapeError(f"{type(self).__name__} takes (batch, length, {self.embed_dim}), got {tuple(x.shape)}.")
         inner, gate, tail = self.drive(x, state.tail, keys)
         mixed, kept = self.core(inner, state.inner, keys=keys)
         return self.readout(mixed, gate), MixerState(tail, kept)

@@ -115,8 +115,8 @@ class NeuralMemory(Layer):
     unit keys and without momentum a matrix cannot diverge then, whatever is read (and takes up to ``2 / chunk_size`` of
     a value at once: to store it whole, tokens have to learn not to write, and ``max_rate`` has to be 0.5).
 
-    At first the sigmoid of theta is 0.27, eta 0.5 and alpha 0.0025; without the residual form the memory begins as
-    zero. Hidden tokens (``mask``) write and forget nothing; momentum ends there.
+    At first the sigmoid of theta is 0.27, eta 0.5 and alpha 0.0025, the maps of queries are those of keys, and without
+    the residual form the memory is zero. Hidden tokens (``mask``) write and forget nothing; momentum ends there.
     """
 
     patterns = frozenset({"causal-self"})
@@ -161,6 +161,10 @@ class NeuralMemory(Layer):
         self.query_conv = CausalConv(embed_dim, conv_size)
         self.key_conv = CausalConv(embed_dim, conv_size)
         self.value_conv = CausalConv(embed_dim, conv_size)
+        with torch.no_grad():
+            # Queries begin as keys, so that the memory answers what it was told before any training.
+            self.query.weight.copy_(self.key.weight)
+            self.query_conv.load_state_dict(self.key_conv.state_dict())
         hidden = max(int(hidden_mult * self.head_dim), 1)
         widths = [self.head_dim, *[hidden] * (depth - 1), self.head_dim]
         self.initial = nn.ParameterList(
