@@ -93,3 +93,16 @@ def test_errors_teach() -> None:
         delta_rule(q[:, :, :4], k, v, beta)
     with pytest.raises(ShapeError, match="beta is"):
         delta_rule(q, k, v, beta[:, :1])
+
+
+def test_states_move_between_forms() -> None:
+    """A prompt in chunks, tokens one by one, then the matrix form: the loop all along."""
+    leaves = [leaf.detach() for leaf in inputs(30, 2)]
+    expected = looped(*leaves, torch.zeros(2, 4, 5, 3, dtype=torch.float64))
+    state, outs = None, []
+    for form, start, stop in (("chunked", 0, 17), ("recurrent", 17, 20), ("parallel", 20, 30)):
+        q, k, v, beta, gap = (leaf[:, :, start:stop] for leaf in leaves)
+        out, state = delta_rule(q, k, v, beta, log_decay=gap, state=state, chunk_size=8, backend=form)
+        outs.append(out)
+    assert state is not None
+    torch.testing.assert_close(torch.cat((torch.cat(outs, 2).flatten(), state.sum.flatten())), expected)

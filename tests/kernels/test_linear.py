@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -209,3 +211,31 @@ def test_errors_teach() -> None:
         linear_attention(*leaves, causal=True, log_decay=torch.zeros(3))
     with pytest.raises(OptionError, match="chunk_size must be at least 1"):
         linear_attention(*leaves, causal=True, chunk_size=0)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_states_move_between_forms(decay: str, normalize: bool, tmp_path: Path) -> None:
+    """A prompt in chunks, a few tokens one by one, saved and loaded, then any other form: the loop all along."""
+    leaves = [leaf.detach() for leaf in features(40, 2)]
+    g = decay_of(decay, 40)
+    g = None if g is None else g.detach()
+    expected, last = looped(*leaves, g, normalize)
+    stretches = [("chunked", 0, 17), ("recurrent", 17, 20), ("parallel", 20, 31), ("chunked", 31, 39), ("auto", 39, 40)]
+    state, file = None, tmp_path / "state.pt"
+    for form, start, stop in stretches:
+        part = g if g is None or g.dim() == 1 else g[:, :, start:stop]
+        out, state = linear_attention(
+            *(t[:, :, start:stop] for t in leaves),
+            causal=True,
+            log_decay=part,
+            normalize=normalize,
+            state=state,
+            chunk_size=8,
+            backend=form,
+        )
+        torch.testing.assert_close(out, expected[:, :, start:stop])
+        torch.save(state.sum, file)
+        state = LinearState(torch.load(file, weights_only=True))
+    assert state is not None
+    torch.testing.assert_close(state.sum, last)
