@@ -11,7 +11,7 @@ from tests.kernels.test_linear import looped
 
 pytestmark = pytest.mark.skipif(not native.available(build=True), reason="no C++ compiler")
 
-DECAYS = ["none", "head", "token"]
+DECAYS = ["none", "head", "token", "channel"]
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
@@ -21,8 +21,8 @@ def inputs(length: int, kv_heads: int, dim: int, value_dim: int) -> list[torch.T
     return [query, key, torch.randn(2, kv_heads, length, value_dim)]
 
 
-def decay_of(kind: str, length: int) -> torch.Tensor | None:
-    shape = {"head": (4,), "token": (2, 4, length)}
+def decay_of(kind: str, length: int, dim: int) -> torch.Tensor | None:
+    shape = {"head": (4,), "token": (2, 4, length), "channel": (2, 4, length, dim)}
     return None if kind == "none" else -torch.rand(shape[kind])
 
 
@@ -37,7 +37,7 @@ def test_native_is_the_recurrence(
     """Output, last state, and gradients of everything, a first state included; widths that fill no panel, chunks that
     divide nothing, more chunks than states are kept."""
     leaves = [t.requires_grad_() for t in inputs(length + 5, kv_heads, dim, value_dim)]
-    g = decay_of(decay, length + 5)
+    g = decay_of(decay, length + 5, dim)
     extra = [] if g is None else [g.requires_grad_()]
     state, outs = None, []
     for part in (slice(0, 5), slice(5, length + 5)):
@@ -67,9 +67,10 @@ def test_native_is_the_recurrence(
         torch.testing.assert_close(a.double() / size, b / size, rtol=1e-4, atol=2e-5)
 
 
-def test_strong_and_infinite_decays() -> None:
+@pytest.mark.parametrize("shape", [(2, 4, 300), (2, 4, 300, 8)])
+def test_strong_and_infinite_decays(shape: tuple[int, ...]) -> None:
     leaves = inputs(300, 4, 8, 8)
-    g = -80 * torch.rand(2, 4, 300) * (torch.rand(2, 4, 300) < 0.3)
+    g = -80 * torch.rand(shape) * (torch.rand(shape) < 0.3)
     g[:, :, 100] = float("-inf")
     out, state = linear_attention(*leaves, causal=True, log_decay=g, backend="native")
     exact = looped(*(t.double() for t in leaves), g.double())
@@ -109,9 +110,6 @@ def test_what_it_cannot_do_is_refused_by_name_and_left_to_others_otherwise() -> 
     leaves = [t.double() for t in inputs(20, 4, 8, 8)]
     with pytest.raises(BackendError, match="float32 on a CPU"):
         linear_attention(*leaves, causal=True, backend="native")
-    with pytest.raises(BackendError, match="no decay per channel"):
-        single = [t.float() for t in leaves]
-        linear_attention(*single, causal=True, log_decay=torch.zeros(2, 4, 20, 8), backend="native")
     with use_backend("native"):
         out, _ = linear_attention(*leaves, causal=True)
     torch.testing.assert_close(out, linear_attention(*leaves, causal=True, backend="parallel")[0])

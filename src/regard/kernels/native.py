@@ -32,8 +32,8 @@ from regard.layout import BlockLayout
 
 __all__ = ["Status", "available", "backward", "cache_folder", "forward", "status", "worthwhile"]
 
-_SOURCES = tuple(Path(__file__).with_name(f"native_{name}.cpp") for name in ("blocks", "linear"))
-_HEADER = Path(__file__).with_name("native_tiles.h")
+_SOURCES = tuple(Path(__file__).with_name(f"native_{name}.cpp") for name in ("blocks", "linear", "channel"))
+_HEADERS = tuple(Path(__file__).with_name(f"native_{name}.h") for name in ("tiles", "linear"))
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 _TUNED = ("-march=native",)
 
@@ -139,10 +139,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.regard_block_forward.restype = None
     library.regard_block_backward.argtypes = [pointer, integer, *[pointer] * 12]
     library.regard_block_backward.restype = None
-    library.regard_linear_forward.argtypes = [pointer] * 10
-    library.regard_linear_forward.restype = None
-    library.regard_linear_backward.argtypes = [pointer] * 14
-    library.regard_linear_backward.restype = None
+    for kind in ("linear", "channel"):
+        for name, arguments in ((f"regard_{kind}_forward", 10), (f"regard_{kind}_backward", 14)):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [pointer] * arguments, None
     return library
 
 
@@ -161,7 +161,7 @@ def cache_folder() -> Path:
 
 @cache
 def _path() -> Path:
-    key = hashlib.sha256(b"".join(file.read_bytes() for file in (_HEADER, *_SOURCES)))
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in (*_HEADERS, *_SOURCES)))
     key.update(" ".join((*_FLAGS, *_TUNED, sys.platform, platform.machine(), _processor())).encode())
     return cache_folder() / "native" / key.hexdigest()[:16] / "libregard.so"
 

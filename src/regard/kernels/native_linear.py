@@ -1,4 +1,4 @@
-"""Causal linear attention in C++ on a CPU (``native_linear.cpp``), with its gradient."""
+"""Causal linear attention in C++ on a CPU (``native_linear.cpp``, ``native_channel.cpp``), with its gradient."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ def obstacle(query: Tensor, value: Tensor, log_decay: Tensor | None, chunk: int,
     """Why a call should not run here, or None; ``asked``: it was asked for by name, so that size does not count."""
     if query.device.type != "cpu" or query.dtype == torch.float64:
         return f"it computes in float32 on a CPU, not in {query.dtype} on {query.device}"
-    if log_decay is not None and log_decay.dim() == 4:
-        return "it has no decay per channel"
     batch, heads, length, dim = query.shape
     work = 2.0 * batch * heads * length * (chunk * (dim + value.shape[-1]) / 2 + 2 * dim * value.shape[-1])
     if asked:
@@ -67,6 +65,10 @@ def _problem(
     return _Problem(*sizes, kind, chunk, _KEEP, torch.get_num_threads(), scale, eps)
 
 
+def _per_channel(log_decay: Tensor | None) -> bool:
+    return log_decay is not None and log_decay.dim() == 4
+
+
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -95,7 +97,8 @@ class _Causal(torch.autograd.Function):
         if normalize:
             totals = query.new_empty(batch, heads, length)
         problem = _problem(query, value, log_decay, options)
-        library.regard_linear_forward(ctypes.byref(problem), *map(_at, (*inputs, out, last, states, totals)))
+        run = library.regard_channel_forward if _per_channel(log_decay) else library.regard_linear_forward
+        run(ctypes.byref(problem), *map(_at, (*inputs, out, last, states, totals)))
         ctx.save_for_backward(*inputs, states, totals)
         ctx.options = options
         return out, last
@@ -107,12 +110,15 @@ class _Causal(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key, grad_value = (query.new_empty(*query.shape[:3], t.shape[-1]) for t in (key, value))
         per_head = log_decay is not None and log_decay.dim() == 1
-        grad_decay = query.new_zeros(query.shape[: 2 if per_head else 3])
+        channels = _per_channel(log_decay)
+        grad_decay = query.new_zeros(query.shape if channels else query.shape[: 2 if per_head else 3])
         grad_initial = torch.empty_like(grad_last, memory_format=torch.contiguous_format)
         sources = (query, key, value, log_decay, states, totals, grad_out.contiguous(), grad_last.contiguous())
         places = (grad_query, grad_key, grad_value, grad_decay, grad_initial)
         problem = _problem(query, value, log_decay, ctx.options)
-        native.require().regard_linear_backward(ctypes.byref(problem), *map(_at, (*sources, *places)))
+        library = native.require()
+        run = library.regard_channel_backward if channels else library.regard_linear_backward
+        run(ctypes.byref(problem), *map(_at, (*sources, *places)))
         decay_grad = None if log_decay is None else (grad_decay.sum(0) if per_head else grad_decay)
         return (
             grad_query,
