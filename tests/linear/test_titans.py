@@ -41,6 +41,7 @@ LAYERS: dict[str, Any] = {
     "before": lambda: NeuralMemory(16, 2, chunk_size=8, read="before"),
     "chunk": lambda: NeuralMemory(16, 2, chunk_size=8, read="chunk"),
     "context": lambda: MemoryAsContext(16, 2, segment=8, persistent=3, memory={"chunk_size": 4}),
+    "context_skip": lambda: MemoryAsContext(16, 2, segment=8, persistent=3, memory={"chunk_size": 4}, skip=True),
     "gate": lambda: MemoryAsGate(16, 2, window=5, persistent=3, memory={"chunk_size": 4}),
     "layer": lambda: MemoryAsLayer(16, 2, window=5, persistent=3, memory={"chunk_size": 4}),
 }
@@ -233,7 +234,7 @@ def test_gate_without_memory_and_tokens_is_window_attention() -> None:
 
 
 @pytest.mark.paper("titans")
-@pytest.mark.parametrize("name", ["context", "gate", "layer"])
+@pytest.mark.parametrize("name", ["context", "context_skip", "gate", "layer"])
 def test_layers_with_attention_are_their_formulas(name: str) -> None:
     layer, x = generic(LAYERS[name]()), torch.randn(1, LENGTH, 16).double()
     memory: NeuralMemory = layer.memory  # type: ignore[assignment]
@@ -280,6 +281,7 @@ def test_layers_with_attention_are_their_formulas(name: str) -> None:
             past = torch.ones(8, 8, dtype=torch.bool).tril()
             seen = torch.cat((torch.ones(8, 3, dtype=torch.bool), past, past), 1)
             y = attend(segment[0], torch.arange(3, 11), source, places, seen)
+            y = segment[0] + y if name == "context_skip" else y
             read, state = memory.step(y[None], state)
             parts.append(gated(y, read[0]))
         expected = torch.cat(parts)

@@ -248,8 +248,9 @@ class MemoryAsLayer(_WindowedMemory):
 class MemoryAsContext(_MemoryAttention):
     """Full causal attention within segments, over what the memory knows of each token besides.
 
-    segment: tokens that attend to each other; the memory alone carries across segments. Other options as in
-    :class:`MemoryAsGate`.
+    segment: tokens that attend to each other; the memory alone carries across segments. skip: ``y = s + attention``,
+    reading the paper's "residual connections in all blocks" as within this one too: then the memory is told the tokens
+    themselves from the start, before attention has learned to pick them. Other options as in :class:`MemoryAsGate`.
     """
 
     growth = "N s"
@@ -262,11 +263,12 @@ class MemoryAsContext(_MemoryAttention):
         persistent: int = 16,
         memory: Mapping[str, Any] | bool = True,
         rotary: bool = True,
+        skip: bool = False,
     ) -> None:
         super().__init__(embed_dim, num_heads, persistent, memory, rotary, gated=True)
         if segment < 1:
             raise OptionError(f"A segment has at least one token, got {segment}.")
-        self.segment = segment
+        self.segment, self.skip = segment, skip
 
     def extra_repr(self) -> str:
         return f"segment={self.segment}, persistent={len(self.persistent)}"
@@ -304,6 +306,7 @@ class MemoryAsContext(_MemoryAttention):
         key, value = (torch.cat([pair[which] for pair in keys], 2) for which in (0, 1))
         query = self._heads(self.query(x), place)
         y = self._mixed(dense_attention(query, key, value, mask=Boolean(mask)))
+        y = x + y if self.skip else y
         memory = state.memory
         if self.memory is not None and memory is not None and self.gate is not None:
             known, memory = self.memory.step(y, memory)

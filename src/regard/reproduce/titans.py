@@ -17,14 +17,14 @@ from regard.models.sequence import SequenceModel
 from regard.reproduce.finding import Finding
 
 WINDOW, WIDTH, PAIRS = 64, 32, 16
-STEPS, BATCH, RATE = 600, 16, 1e-2
+STEPS, BATCH, RATE, DEPTH = 900, 16, 5e-3, 2
 TEST = PairedRecall(512, PAIRS, keys=32, values=16, memory=WINDOW, distance=4 * WINDOW)
 CHANCE = 1 / TEST.num_classes
 MEMORY = {"depth": 1, "chunk_size": WINDOW, "conv_size": 1}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "window_attention": ("sliding_window", {"window": WINDOW, "sinks": 0}),
     "memory_as_gate": ("titans_mag", {"window": WINDOW, "memory": MEMORY}),
-    "memory_as_context": ("titans_mac", {"segment": WINDOW, "memory": MEMORY}),
+    "memory_as_context": ("titans_mac", {"segment": WINDOW, "memory": MEMORY, "skip": True}),
 }
 
 
@@ -72,7 +72,7 @@ def run(report: Callable[[str], None]) -> Finding:
                 input_dim=TEST.input_dim,
                 embed_dim=WIDTH,
                 num_heads=1,
-                depth=1,
+                depth=DEPTH,
                 mechanism=mechanism,
                 options=options,
             )
@@ -94,7 +94,20 @@ def run(report: Callable[[str], None]) -> Finding:
         and min(titans) > 0.8
         and all(found["delta"] > found["hebbian"] for found in overwritten.values())
     )
-    return Finding(measured, holds, NOTE)
-
-
-NOTE = ""
+    return Finding(
+        measured,
+        holds,
+        "Holds if 16 pairs, at least 4 windows of 64 back in 512 tokens, are recalled by window attention at less than "
+        "1.5 times chance and by memory as gate and as context at more than 80 %, and if the delta update recalls "
+        "more second values of keys that were written twice than the Hebbian sum. Two layers, width 32, one head, the "
+        f"same {STEPS} steps of {BATCH} sequences of 256 tokens with queries two windows and more behind the pairs, "
+        "one seed; a key and its value come on one token. Settled in some ten trials on this task: the rate, the "
+        "depth, a linear memory without convolutions, that the memory's query maps begin as its key maps (now the "
+        "layer's default), and that memory as context adds its input to what attention gives before the memory sees "
+        "it (skip=True): in 300 steps without it, it stayed at chance. A first run of 600 steps gave gate 99.9 % and "
+        "context 68.7 %: steps are not what context lacks here. It writes what attention made of a token, in which "
+        "other tokens have a part; a wider or deeper model might learn to write them apart, and was not tried. Memory "
+        "networks of two layers, tried before the query maps were so begun, learned more slowly. The delta and Hebbian "
+        "memories are compared without training, on 64 draws of random unit keys of 32 channels and 16 values. "
+        "Language, genomics, time series and texts of millions of tokens are left out.",
+    )
