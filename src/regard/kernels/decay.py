@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["fading", "running_decay"]
+__all__ = ["fading", "log_gap", "running_decay"]
 
 # Powers below this are zero even in float64, and sums of it over any chunk keep their digits.
 _LEAST = -800.0
@@ -19,6 +19,18 @@ def running_decay(log_decay: Tensor, dim: int) -> Tensor:
     would be none.
     """
     return log_decay.clamp_min(_LEAST).to(_wide(log_decay)).cumsum(dim)
+
+
+def log_gap(later: Tensor, earlier: Tensor, dtype: torch.dtype) -> Tensor:
+    """``later - earlier`` of running decays in ``dtype``, without a large tensor in float64.
+
+    Each sum is split into two numbers of ``dtype``; the difference is then as exact as its own size allows.
+    """
+    if later.dtype == dtype:
+        return later - earlier
+    high = [t.to(dtype) for t in (later, earlier)]
+    low = [(t - h).to(dtype).detach() for t, h in zip((later, earlier), high, strict=True)]
+    return (high[0] - high[1]) + (low[0] - low[1])
 
 
 def fading(log_decay: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

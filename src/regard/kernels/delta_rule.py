@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regard.errors import OptionError, ShapeError
 from regard.kernels.backends import resolve
-from regard.kernels.decay import fading, running_decay
+from regard.kernels.decay import fading, log_gap, running_decay
 from regard.kernels.linear import LinearState
 from regard.kernels.segments import in_segments, segment_length
 from regard.kernels.shapes import accumulation_dtype, expand_groups
@@ -117,7 +117,7 @@ def _chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gap: Tensor, state: T
     size = q.shape[3]
     past = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     run = running_decay(gap, -1)
-    fade = (run[..., None] - run[..., None, :]).masked_fill(~past, float("-inf")).to(q.dtype).exp()
+    fade = log_gap(run[..., None], run[..., None, :], q.dtype).masked_fill(~past, float("-inf")).exp()
     beta, reach = beta[..., None], run.to(q.dtype).exp()[..., None]
     system = (beta * (k @ k.transpose(-1, -2)) * fade).tril(-1)
     wanted = torch.cat((beta * v, beta * reach * k), -1)

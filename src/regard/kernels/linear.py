@@ -19,7 +19,7 @@ from torch import Tensor
 from regard.errors import BackendError, OptionError, ShapeError
 from regard.kernels import native_linear
 from regard.kernels.backends import resolve
-from regard.kernels.decay import fading, running_decay
+from regard.kernels.decay import fading, log_gap, running_decay
 from regard.kernels.segments import in_segments, segment_length
 from regard.kernels.shapes import accumulation_dtype, expand_groups
 
@@ -223,7 +223,7 @@ def _parallel(
         total = k.transpose(-1, -2) @ v
         return _read_pairs(scores, v, q, initial, eps), total if initial is None else total + initial
     run = running_decay(decay, 2)
-    gap = (run[:, :, :, None] - run[:, :, None]).masked_fill(~past[..., None], float("-inf")).to(q.dtype).exp()
+    gap = log_gap(run[:, :, :, None], run[:, :, None], q.dtype).masked_fill(~past[..., None], float("-inf")).exp()
     scores = torch.einsum("bhic,bhjc,bhijc->bhij", q, k, gap.expand(*gap.shape[:-1], q.shape[-1]))
     fade, leave = run.to(q.dtype).exp(), (run[:, :, -1:] - run).to(q.dtype).exp()
     total = (k * leave).transpose(-1, -2) @ v
@@ -297,7 +297,7 @@ def _chunks(
         constant = decay.shape[-1] == 1 and decay.stride(2) == 0
         run = running_decay((decay[:, :, :size] if constant else decay).unflatten(2, (-1, size)), 3)
         if run.shape[-1] == 1:
-            gap = (run - run.transpose(-1, -2)).masked_fill(~past, float("-inf")).to(q.dtype).exp()
+            gap = log_gap(run, run.transpose(-1, -2), q.dtype).masked_fill(~past, float("-inf")).exp()
             scores = q @ k.transpose(-1, -2) * gap
         else:
             scores = _channel_scores(q, k, run)
@@ -329,9 +329,9 @@ def _channel_scores(q: Tensor, k: Tensor, run: Tensor) -> Tensor:
     for start in range(0, size, _SUB):
         stop = min(start + _SUB, size)
         here, run_here = slice(start, stop), run[..., start:stop, :]
-        gap = run_here[..., :, None, :] - run_here[..., None, :, :]
+        gap = log_gap(run_here[..., :, None, :], run_here[..., None, :, :], q.dtype)
         past = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).tril()
-        gap = gap.masked_fill(~past[..., None], float("-inf")).to(q.dtype).exp()
+        gap = gap.masked_fill(~past[..., None], float("-inf")).exp()
         near = (q[..., here, None, :] * k[..., None, here, :] * gap).sum(-1)
         row = [near, q.new_zeros(*near.shape[:-1], size - stop)]
         if start:
