@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from regard.errors import CommunicationError
 from regard.parallel.group import DistributedGroup, Group
@@ -34,7 +35,7 @@ def run_local(ranks: int, function: Callable[..., Any], *arguments: Any, timeout
         name = str(Path(folder) / "meeting")
         try:
             mp.start_processes(_rank, (ranks, function, arguments, name, timeout), nprocs=ranks, start_method=start)
-        except mp.ProcessException as error:
+        except (ProcessExitedException, ProcessRaisedException) as error:
             raise CommunicationError(
                 f"A local rank ended: {str(error).strip().splitlines()[-1]} Ranks meet over gloo on this machine; see "
                 "that nothing forbids processes to connect to one another."

@@ -1,12 +1,13 @@
 """What the planner knows of a machine: how fast its kernels compute, its memory moves and its links carry.
 
 A kernel's rate depends on how large its blocks are, so it is a :class:`Curve` over block sizes; with the memory's
-bandwidth this makes a roofline, ``seconds = max(work / rate(size), bytes / memory)``. Rates are measured by
+bandwidth this makes a roofline, ``seconds = max(work / rate, bytes / bandwidth)``. Rates are measured by
 :mod:`regard.bench.probes`, or assumed: :meth:`Machine.assumed` plans for hardware that is not here.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,13 +20,13 @@ __all__ = ["Curve", "Kernel", "Link", "Machine"]
 
 @dataclass(frozen=True)
 class Curve:
-    """FLOP/s by block size in tokens: interpolated over the logarithm of the size, level beyond what was measured."""
+    """A rate by size, as FLOP/s by a block's tokens: interpolated over the size's logarithm, level beyond both ends."""
 
     sizes: tuple[float, ...]
     rates: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        rising = all(a < b for a, b in zip(self.sizes, self.sizes[1:], strict=False))
+        rising = all(a < b for a, b in itertools.pairwise(self.sizes))
         if not self.sizes or len(self.sizes) != len(self.rates) or not rising or min(*self.rates, *self.sizes) <= 0:
             raise OptionError(
                 f"A curve has a rate above zero for each of its ascending sizes; got {self.sizes} and {self.rates}."
@@ -40,10 +41,10 @@ class Curve:
         """The rate at a size."""
         if size <= self.sizes[0]:
             return self.rates[0]
-        for left, right in zip(range(len(self.sizes)), range(1, len(self.sizes)), strict=False):
-            if size <= self.sizes[right]:
-                part = math.log(size / self.sizes[left]) / math.log(self.sizes[right] / self.sizes[left])
-                return self.rates[left] + part * (self.rates[right] - self.rates[left])
+        points = itertools.pairwise(zip(self.sizes, self.rates, strict=True))
+        for (left, low), (right, high) in points:
+            if size <= right:
+                return low + (high - low) * math.log(size / left) / math.log(right / left)
         return self.rates[-1]
 
 
@@ -72,16 +73,16 @@ class Machine:
     """One rank's hardware, and its links.
 
     attention: blocks that are seen whole; triangle: causal ones, both of the partial-attention kernel; linear: causal
-    linear attention; product: FLOP/s of a matrix product as wide as a head; memory: bytes a second (infinite: copies
-    count as free). node: so many ranks that follow one another share ``near``, a faster link. said: where each of these
-    figures is from.
+    linear attention; product: FLOP/s of a matrix product as wide as a head; memory: bytes a second by a tensor's bytes,
+    where results are written to new memory (infinite: copies count as free). node: so many ranks that follow one
+    another share ``near``, a faster link. said: where these figures are from.
     """
 
     attention: Kernel
     triangle: Kernel
     linear: Kernel
     product: float
-    memory: float
+    memory: Curve
     link: Link
     node: int = 1
     near: Link | None = None
@@ -91,7 +92,11 @@ class Machine:
     def assumed(cls, rate: float, link: Link, *, memory: float = math.inf, said: tuple[str, ...] = ()) -> Machine:
         """Every kernel at one sustained rate."""
         kernel = Kernel(Curve.flat(rate), Curve.flat(rate))
-        return cls(kernel, kernel, kernel, rate, memory, link, said=said)
+        return cls(kernel, kernel, kernel, rate, Curve.flat(memory), link, said=said)
+
+    def moving(self, passes: float, size: float) -> float:
+        """Seconds of reading or writing a tensor of ``size`` bytes so many times."""
+        return passes * size / self.memory.at(size)
 
     def between(self, one: int, other: int) -> Link:
         """The link from one rank to another."""
@@ -103,20 +108,21 @@ class Machine:
 
     def content(self) -> dict[str, Any]:
         """For JSON."""
-        return {name: _finite(value) for name, value in asdict(self).items()}
+        found: dict[str, Any] = _finite(asdict(self))
+        return found
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Machine:
         """From :meth:`content`."""
         kernels = {
-            name: Kernel(*(Curve(*(tuple(content[name][way][part]) for part in ("sizes", "rates"))) for way in _WAYS))
+            name: Kernel(_curve(content[name]["forward"]), _curve(content[name]["backward"]))
             for name in ("attention", "triangle", "linear")
         }
         near = content["near"]
         return cls(
             **kernels,
             product=_number(content["product"]),
-            memory=_number(content["memory"]),
+            memory=_curve(content["memory"]),
             link=_link(content["link"]),
             node=int(content["node"]),
             near=None if near is None else _link(near),
@@ -124,7 +130,8 @@ class Machine:
         )
 
 
-_WAYS = ("forward", "backward")
+def _curve(content: Mapping[str, Any]) -> Curve:
+    return Curve(tuple(content["sizes"]), tuple(_number(rate) for rate in content["rates"]))
 
 
 def _link(content: Mapping[str, Any]) -> Link:
@@ -134,7 +141,9 @@ def _link(content: Mapping[str, Any]) -> Link:
 def _finite(value: Any) -> Any:
     """JSON has no infinity: null stands for it."""
     if isinstance(value, dict):
-        return {name: None if item == math.inf else item for name, item in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
     return None if value == math.inf else value
 
 

@@ -1,10 +1,10 @@
 """Predicted time, messages and memory of exact attention over ranks: ring, Ulysses and the meshes between them.
 
 All three are one: an all-to-all inside teams before and after, and a ring of teams for what is computed between. The
-ring is followed rank by rank and step by step (:func:`ring_seconds`), since with causal attention who waits for whom
-is what matters. Visible pairs and hops are those of :class:`~regard.parallel.shards.Sharding`, messages and bytes those
-of :func:`~regard.parallel.traffic.traffic`; both are asked about a short sequence: with stretches of ``m`` tokens bytes
-are proportional to ``m`` and pairs are ``a m^2 + b m``, so that lengths of one and two tokens tell all others exactly.
+ring is followed rank by rank and step by step (:mod:`regard.bench.ring_time`), since with causal attention who waits
+for whom is what matters. Visible pairs and hops are those of :class:`~regard.parallel.shards.Sharding`, messages and
+bytes those of :func:`~regard.parallel.traffic.traffic`; both are asked about a short sequence: with stretches of ``m``
+tokens bytes are proportional to ``m`` and pairs are ``a m^2 + b m``, so that one and two tell all others exactly.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from torch import Tensor
 
 from regard.bench.machine import Curve, Kernel, Link, Machine
 from regard.bench.plan_job import Job, Memory, Pass, Prediction, Work
+from regard.bench.ring_time import ring_seconds
 from regard.errors import OptionError
 from regard.parallel.shards import Deal, Sharding
 from regard.parallel.traffic import PassTraffic, Strategy, traffic
 from regard.parallel.ulysses import HeadShare, head_shares
 
-__all__ = ["break_even", "exact_predictions", "pair_counts", "rank_traffic", "ring_seconds"]
+__all__ = ["break_even", "exact_predictions", "pair_counts", "rank_traffic"]
 
 # How often a merge of two parts reads or writes an output, and a backward step its gradients.
 _MERGE, _ADD_QUERY, _ADD_KEYS = 11, 3, 5
@@ -150,9 +151,7 @@ def _predict(job: Job, machine: Machine, strategy: Strategy, deal: Deal, size: i
     return Prediction("exact", strategy, label, teams, passes[0], passes[1], memory).within(job)
 
 
-def _ring(
-    job: Job, machine: Machine, deal: Deal, size: int, team: _Team, backward: bool
-) -> tuple[float, float]:
+def _ring(job: Job, machine: Machine, deal: Deal, size: int, team: _Team, backward: bool) -> tuple[float, float]:
     """Seconds of the busiest team's kernels, and until the last team is done."""
     steps = _step_seconds(job, machine, deal, size, team, backward)
     count = len(steps)
@@ -190,8 +189,9 @@ def _step_seconds(job: Job, machine: Machine, deal: Deal, size: int, team: _Team
             block = float(team.tokens) if triangle else seen**0.5
             spent = _kernel(job, machine, kernel, team, seen, block, backward)
             if not first:
-                passes = (_ADD_QUERY * query + _ADD_KEYS * key_values) if backward else _MERGE * query
-                spent += passes * job.summed / machine.memory
+                query_size, key_size = query * job.summed, key_values * job.summed
+                spent += machine.moving(_ADD_QUERY if backward else _MERGE, query_size)
+                spent += machine.moving(_ADD_KEYS, key_size) if backward else 0.0
             seconds[rows] = torch.where(part == seen, spent, seconds[rows])
     return seconds
 
@@ -203,7 +203,7 @@ def _kernel(
     curve: Curve = kernel.backward if backward else kernel.forward
     flops = (10 if backward else 4) * job.batch * team.heads * pairs * team.dim
     size = (4 if backward else 2) * query * job.itemsize + key_values * (job.itemsize + job.summed * backward)
-    return Work(flops, size).seconds(curve.at(block), machine.memory)
+    return Work(flops, size).seconds(curve.at(block), machine.memory.at(query * job.itemsize))
 
 
 def _shuffle(
@@ -225,9 +225,10 @@ def _shuffle(
         link: Link = machine.among(rank // size * size, size)
         most = max(alone.bytes_sent, alone.bytes_received)
         slowest = max(slowest, link.seconds(most, alone.messages_sent))
+    item = job.summed if backward else job.itemsize
     gathered, sent, out = _shuffled(job, shares, size)
-    copied = 2 * (gathered + sent + 2 * out) * (job.summed if backward else job.itemsize)
-    return slowest, copied / machine.memory
+    copied = sum(machine.moving(2, numbers * item) for numbers in (gathered, sent, out, out))
+    return slowest, copied
 
 
 def _shuffled(job: Job, shares: list[HeadShare], size: int) -> tuple[float, float, float]:
@@ -249,66 +250,16 @@ def _memory(job: Job, team: _Team, shares: list[HeadShare], size: int) -> Memory
         gathered, sent, out = _shuffled(job, shares, size)
         kept += (gathered + out) * item
         # Messages out and in; what they are put into is kept, or freed after the call.
-        shuffling = (sent + gathered) * item + (0.0 if job.backward else (gathered + 2 * out) * item)
-    # Blocks used and arriving; running output and the merge's copies, or the gradients and those under way.
+        shuffling = (sent + 2 * gathered + 2 * out) * item
+        if job.backward:  # gradients as they come and as they add up besides
+            shuffling = 2 * (sent + gathered) * wide
+    # Blocks used and arriving; the running output and the merge's copies; backward the gradients: of the query so far,
+    # of this step, and as the kernel gives them; of keys and values besides those at home and under way.
     blocks = 2 * key_values * item if rings else 0.0
     forward = blocks + query * (item + 6 * wide * rings)
-    backward = blocks + (2 * query + (5 if rings else 2) * key_values) * wide if job.backward else 0.0
+    sums = 2 if not rings else 5 if job.ranks == 2 * size else 7
+    backward = blocks + ((2 + rings + (size > 1)) * query + sums * key_values) * wide if job.backward else 0.0
     return Memory(held, kept, max(forward, backward, shuffling))
-
-
-def ring_seconds(
-    compute: Tensor,
-    hops: list[tuple[int, int]],
-    onward: list[float],
-    gradients: list[float] | None,
-    *,
-    home: float = 0.0,
-    overlap: bool = True,
-) -> float:
-    """When the last rank of a ring is done, as :mod:`regard.parallel.ring` goes about it.
-
-    compute ``(steps, ranks)``: seconds of rank ``r`` with the block of rank ``r - step``; hops: the first and last step
-    at which anyone sees a rank's block, so that it travels no further; onward: seconds in which each rank passes a
-    block on, gradients: the same for a block's gradients, in the backward pass, home: for sending them back. A rank
-    sends one message after another, and posts the next block's transfer before it computes with the present one.
-    """
-    ranks = len(hops)
-    near, far = torch.tensor(hops).T
-    index = torch.arange(ranks)
-    cost = torch.tensor(onward, dtype=torch.float64)
-    begun, done = torch.zeros(ranks, dtype=torch.float64), compute[0].clone()
-    free, returned = begun.clone(), begun.clone()  # when a rank's own link is, and when its gradients came home
-    following = begun.clone()
-    grad = None if gradients is None else torch.tensor(gradients, dtype=torch.float64)
-
-    def passed(posted: Tensor, comes: Tensor, seconds: Tensor) -> Tensor:
-        """When messages from the rank before are there; both ends have to be ready."""
-        nonlocal free
-        there = torch.maximum(torch.maximum(posted.roll(1), posted), free.roll(1)) + seconds.roll(1)
-        there = torch.where(comes, there, 0.0)
-        free = torch.maximum(free, there.roll(-1))
-        return there
-
-    def key_values(step: int, posted: Tensor) -> Tensor:
-        return passed(posted, far[(index - step) % ranks] >= step, cost)
-
-    arriving = key_values(1, begun if overlap else done)
-    for step in range(1, ranks):
-        block, coming = (index - step) % ranks, (index - step - 1) % ranks
-        begun = torch.maximum(done, torch.maximum(arriving, arriving.roll(-1)))  # sent on as well as received
-        if overlap:
-            arriving = key_values(step + 1, begun)
-        done = begun + compute[step]
-        if grad is not None:
-            done = torch.maximum(done, torch.maximum(following, returned))
-            following = passed(done, (near[coming] <= step) & (step < far[coming]), grad)
-            sent = torch.where(far[block] == step, torch.maximum(done, free) + home, 0.0)
-            free = torch.maximum(free, sent)
-            returned = torch.zeros_like(done).scatter_(0, block, sent)
-        if not overlap:
-            arriving = key_values(step + 1, done)
-    return float(torch.maximum(done, returned).max())
 
 
 def break_even(job: Job, machine: Machine) -> float:

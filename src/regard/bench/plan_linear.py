@@ -20,6 +20,9 @@ Method = Literal["zeco", "lasp1", "lasp2"]
 _METHODS: tuple[tuple[Method, bool], ...] = (("zeco", True), ("zeco", False), ("lasp2", True), ("lasp2", False))
 """With their ``overlap``; LASP has none."""
 WITHOUT = "overlap=False"
+_AROUND = {(False, False): (1, 2), (False, True): (1, 2), (True, False): (2, 6), (True, True): (4, 16)}
+"""By overlap and backward: products of length x dk x dv beyond the local recurrence, and how often the operations
+around them (decays, sums of gradients) read or write a tensor as large as the query."""
 
 
 def linear_flops(heads: float, tokens: int, dim: int, chunk: int, backward: bool) -> float:
@@ -49,19 +52,18 @@ def _pass(job: Job, machine: Machine, method: Method, overlap: bool, backward: b
     rows, dim = job.batch * job.heads * job.local, job.head_dim
     curve = machine.linear.backward if backward else machine.linear.forward
     flops = linear_flops(job.batch * job.heads, job.local, dim, job.chunk, backward)
-    local = Work(flops, (8.0 if backward else 4.0) * rows * dim * job.itemsize).seconds(
-        curve.at(job.local), machine.memory
-    )
+    size, wide = rows * dim * job.itemsize, rows * dim * job.summed
+    local = Work(flops, (8.0 if backward else 4.0) * size).seconds(curve.at(job.local), machine.memory.at(size))
     if job.kv_heads < job.heads:  # keys and values are repeated for their query heads
-        local += 4.0 * rows * dim * job.itemsize / machine.memory
+        local += machine.moving(2.0 * (1 + job.kv_heads / job.heads), size)
     if job.ranks == 1:
         return Pass(local, local)
-    product = Work(2.0 * rows * dim * dim, 2.0 * rows * dim * job.summed).seconds(machine.product, machine.memory)
-    carry, size, messages = _carry(job, machine, method, backward)
-    if not overlap:
-        return Pass(product + carry + local, product + local, size, messages)
-    around = (4 if backward else 2) * product
-    return Pass(around + max(local, carry), around + local, size, messages)
+    product = 2.0 * rows * dim * dim / machine.product
+    products, passes = _AROUND[overlap, backward]
+    around = products * product + machine.moving(passes, wide)
+    carry, sent, messages = _carry(job, machine, method, backward)
+    both = max(local, carry) if overlap else local + carry
+    return Pass(around + both, around + local, sent, messages)
 
 
 def _carry(job: Job, machine: Machine, method: Method, backward: bool) -> tuple[float, int, int]:
@@ -82,7 +84,7 @@ def _carry(job: Job, machine: Machine, method: Method, backward: bool) -> tuple[
     if method == "lasp2":
         # A message of decays to each besides, and a prefix of all states that every rank forms by itself.
         state = job.batch * job.heads * job.head_dim**2 * job.summed
-        more = link.seconds(0, cost.messages_sent - (job.ranks - 1)) + 3 * (job.ranks - 1) * state / machine.memory
+        more = link.seconds(0, cost.messages_sent - (job.ranks - 1)) + machine.moving(3 * (job.ranks - 1), state)
     return cost.latency + more, cost.bytes_sent, cost.messages_sent
 
 

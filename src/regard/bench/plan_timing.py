@@ -62,6 +62,10 @@ class Timed:
         return self.forward / said.forward.seconds, self.both / self.predicted_both, self.memory / self.predicted_memory
 
     @property
+    def kind(self) -> Kind:
+        return self.prediction.kind
+
+    @property
     def predicted_both(self) -> float:
         return self.prediction.forward.seconds + self.prediction.backward.seconds
 
@@ -190,16 +194,15 @@ def _subject(group: Group, meshes: Mapping[int, Mesh], job: Job, one: Prediction
     def attention() -> Tensor:
         where: Group | Mesh = meshes[one.teams] if one.strategy == "mesh" else group
         strategy: Any = one.strategy
-        return context_parallel_attention(
-            *inputs, group=where, sharding=sharding, strategy=strategy, causal=job.causal
-        )
+        return context_parallel_attention(*inputs, group=where, sharding=sharding, strategy=strategy, causal=job.causal)
 
     def linear() -> Tensor:
-        decay, overlap = -torch.linspace(0.001, 0.1, job.heads), one.deal != WITHOUT
+        query, key, value = inputs
+        rows, overlap = (group, query, key, value, -torch.linspace(0.001, 0.1, job.heads)), one.deal != WITHOUT
         if one.strategy == "lasp1":
-            return lasp1(group, *inputs, decay, chunk_size=job.chunk)[0]
+            return lasp1(*rows, chunk_size=job.chunk)[0]
         if one.strategy == "lasp2":
-            return lasp2(group, *inputs, decay, chunk_size=job.chunk, overlap=overlap)[0]
-        return zeco(group, *inputs, decay, chunk_size=job.chunk, blocks=job.blocks, overlap=overlap)[0]
+            return lasp2(*rows, chunk_size=job.chunk, overlap=overlap)[0]
+        return zeco(*rows, chunk_size=job.chunk, blocks=job.blocks, overlap=overlap)[0]
 
     return _Subject(job, one, attention if exact else linear, lambda out: torch.autograd.grad(out, inputs, grad))

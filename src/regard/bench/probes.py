@@ -25,17 +25,28 @@ from regard.bench.machine import Curve, Kernel, Link, Machine
 from regard.bench.measure import seconds
 from regard.bench.plan_job import Job
 from regard.bench.plan_linear import linear_flops
+from regard.bench.quantities import parse_quantity, parse_tokens
+from regard.errors import OptionError
 from regard.kernels.linear import linear_attention
 from regard.kernels.native import cache_folder
 from regard.kernels.partial import KeyRanges, partial_attention, partial_attention_backward
 from regard.parallel.group import Group
 
-__all__ = ["Together", "conditions_of", "kept_link", "kept_machine", "probe", "probe_link"]
+__all__ = [
+    "Together",
+    "conditions_of",
+    "job_and_machine",
+    "kept_link",
+    "kept_machine",
+    "machine_for",
+    "probe",
+    "probe_link",
+]
 
 VERSION = 1
 _ROUNDS = 5
 _SIZES = {"cpu": (256, 1024, 2048), "cuda": (1024, 4096, 16384)}
-_COPIED, _SENT = 1 << 26, 1 << 22
+_COPIED, _SENT = (1 << 18, 1 << 22, 1 << 24, 1 << 25, 1 << 26), 1 << 22
 
 
 class Together:
@@ -100,23 +111,28 @@ def probe(job: Job, link: Link, together: Together | None = None, device: str = 
     )
     left, right = random(heads, 4 * sizes[1]), random(heads, 4 * sizes[1])
     (product,) = here.time(lambda: left.mT @ right)
-    source = torch.ones(_COPIED // 4, device=device)
-    target = torch.empty_like(source)
-    (copied,) = here.time(lambda: target.copy_(source))
+    moved = []
+    for size_of in _COPIED:
+        source = torch.ones(size_of // 4, device=device)
+        (spent,) = here.time(lambda tensor=source: tensor.clone())  # type: ignore[misc]
+        moved.append(2.0 * size_of / spent)
     return Machine(
         whole,
         triangle,
-        _probe_linear(job, here, random, heads, sizes, device),
+        _probe_linear(job, here, random, sizes, device),
         2.0 * left.numel() * dim / product,
-        2.0 * _COPIED / copied,
+        Curve(tuple(map(float, _COPIED)), tuple(moved)),
         link,
     )
 
 
 def _probe_linear(
-    job: Job, here: Together, random: Callable[[int, int], Tensor], heads: int, sizes: Sequence[int], device: str
+    job: Job, here: Together, random: Callable[[int, int], Tensor], sizes: Sequence[int], device: str
 ) -> Kernel:
-    forward, backward, lengths = [], [], [4 * size for size in sizes]
+    # Long ones too: large results are written to memory that the system has yet to give.
+    lengths, heads = [4 * sizes[0], *(factor * sizes[-1] for factor in (4, 8, 16))], min(job.heads, 8)
+    forward: list[float] = []
+    backward: list[float] = []
     decay = -torch.linspace(0.001, 0.1, heads, device=device)
     for length in lengths:
         inputs = [random(heads, length).requires_grad_() for _ in range(3)]
@@ -138,9 +154,12 @@ def probe_link(group: Group) -> Link:
     """Latency and bandwidth while every rank sends to the next."""
     if group.size == 1:
         return Link(float("inf"))
-    here, ends = Together(group), {"to": (group.rank + 1) % group.size, "source": (group.rank - 1) % group.size}
+    after, before = (group.rank + 1) % group.size, (group.rank - 1) % group.size
     small, large = torch.ones(1), torch.ones(_SENT // 4)
-    latency, taken = here.time(lambda: group.exchange([small], **ends), lambda: group.exchange([large], **ends))
+    latency, taken = Together(group).time(
+        lambda: group.exchange([small], to=after, source=before),
+        lambda: group.exchange([large], to=after, source=before),
+    )
     return Link(_SENT / max(taken - latency, 1e-9), latency)
 
 
@@ -179,6 +198,81 @@ def kept_link() -> tuple[Link, Path]:
         content = {"bandwidth": found.bandwidth, "latency": found.latency}
         save_kept(file, {"version": VERSION, "conditions": conditions, "link": content})
     return found, file
+
+
+def machine_for(
+    job: Job,
+    *,
+    bandwidth: float | None = None,
+    latency: float | None = None,
+    rate: float | None = None,
+    memory_bandwidth: float | None = None,
+    node: int = 1,
+    node_bandwidth: float | None = None,
+) -> Machine:
+    """What is given, the rest measured here: rates of kernels unless there is a ``rate``, links unless there is a
+    ``bandwidth`` (or one rank). ``said`` tells which is which."""
+    said = []
+    if bandwidth is not None:
+        link = Link(bandwidth, latency or 0.0)
+        said.append("The links are as given" + (", their latency taken as none." if latency is None else "."))
+    elif job.ranks == 1:
+        link = Link(float("inf"))
+    else:
+        measured, file = kept_link()
+        link = replace(measured, latency=measured.latency if latency is None else latency)
+        said.append(f"The links are those between two processes of this machine over gloo, measured: {file}.")
+    if rate is not None:
+        machine = Machine.assumed(rate, link, memory=memory_bandwidth or float("inf"))
+        said.append("The rate is as given and holds for every kernel and size; nothing was measured.")
+        if memory_bandwidth is None:
+            said.append("No memory bandwidth is given, so copies and memory-bound kernels count as free beyond it.")
+    else:
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+        machine, file = kept_machine(job, link, device)
+        if memory_bandwidth is not None:
+            machine = replace(machine, memory=Curve.flat(memory_bandwidth))
+        what = torch.cuda.get_device_name(device) if device != "cpu" else "this CPU"
+        said.append(f"Rates were measured on {what}; remove {file} to measure anew.")
+    near = None if node_bandwidth is None else Link(node_bandwidth, link.latency)
+    return replace(machine, node=node, near=near, said=tuple(said))
+
+
+def job_and_machine(
+    *,
+    length: str | None,
+    ranks: int | None,
+    bandwidth: str | None,
+    latency: str | None,
+    node: int,
+    node_bandwidth: str | None,
+    memory: str | None,
+    rate: str | None,
+    memory_bandwidth: str | None,
+    **shape: Any,
+) -> tuple[Job, Machine]:
+    """From what a person writes: ``"1M"``, ``"50GB/s"``; shape: further fields of the job."""
+    if length is None or ranks is None:
+        raise OptionError(
+            "A plan needs --length and --ranks, e.g. --length 1M --ranks 64 --bandwidth 50GB/s; or ask for --measure."
+        )
+    if (node > 1) != (node_bandwidth is not None):
+        raise OptionError("--node 8 and --node-bandwidth 400GB/s say one thing together: give both or neither.")
+
+    def read(text: str | None, unit: str, option: str) -> float | None:
+        return None if text is None else parse_quantity(text, unit, option)
+
+    job = Job(parse_tokens(length, "--length"), ranks, memory=read(memory, "B", "--memory"), **shape)
+    machine = machine_for(
+        job,
+        bandwidth=read(bandwidth, "B/s", "--bandwidth"),
+        latency=read(latency, "s", "--latency"),
+        rate=read(rate, "FLOP/s", "--rate"),
+        memory_bandwidth=read(memory_bandwidth, "B/s", "--memory-bandwidth"),
+        node=node,
+        node_bandwidth=read(node_bandwidth, "B/s", "--node-bandwidth"),
+    )
+    return job, machine
 
 
 def _file(conditions: dict[str, Any]) -> Path:

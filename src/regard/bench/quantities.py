@@ -73,7 +73,9 @@ def show_bytes(value: float) -> str:
 
 
 def show_seconds(value: float) -> str:
-    """``"12.3 ms"``."""
+    """``"12.3 ms"``; hours from one on."""
+    if value >= 3600:
+        return f"{_digits(value / 3600)} h"
     for prefix, scale in (("", 1.0), ("m", 1e-3), ("u", 1e-6)):
         if value >= 0.9995 * scale:
             return f"{_digits(value / scale)} {prefix}s"
