@@ -708,11 +708,11 @@ def plan_command(
 ) -> None:
     """Predict time and memory of one long sequence over many ranks, for every strategy, and say which to use."""
     from regard.bench.kept import save_kept
-    from regard.bench.plan_picture import draw_measured, draw_sweep
-    from regard.bench.plan_timing import measure
-    from regard.bench.planner import advice, plan, sweep
-    from regard.bench.planner_page import EXAMPLE, HEAD, MEASURED, page, plan_rows, rates, timed_rows
-    from regard.bench.probes import job_and_machine
+    from regard.bench.plan.page import EXAMPLE, HEAD, MEASURED, page, plan_rows, rates, timed_rows
+    from regard.bench.plan.picture import draw_measured, draw_sweep
+    from regard.bench.plan.planner import advice, plan, sweep
+    from regard.bench.plan.probes import job_and_machine
+    from regard.bench.plan.timing import measure
 
     if report is not None and not measuring:
         raise OptionError("--report is a page of predictions beside measurements: give --measure as well.")

@@ -13,15 +13,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from regard.bench.machine import Curve, Kernel, Link, Machine
-from regard.bench.plan_exact import break_even, exact_predictions, pair_counts, rank_traffic
-from regard.bench.plan_job import Job, Kind, Memory, Pass, Prediction
-from regard.bench.plan_linear import linear_flops, linear_predictions
-from regard.bench.plan_timing import JOB, Timed, Timing
-from regard.bench.planner import advice, plan, sweep
-from regard.bench.planner_page import page, plan_rows
-from regard.bench.quantities import parse_quantity, parse_tokens, show_bytes, show_quantity, show_seconds, show_tokens
-from regard.bench.ring_time import ring_seconds
+from regard.bench.plan.exact import break_even, exact_predictions, pair_counts, rank_traffic
+from regard.bench.plan.job import Job, Kind, Memory, Pass, Prediction
+from regard.bench.plan.linear import linear_flops, linear_predictions
+from regard.bench.plan.machine import Curve, Kernel, Link, Machine
+from regard.bench.plan.page import page, plan_rows
+from regard.bench.plan.planner import advice, plan, sweep
+from regard.bench.plan.quantities import (
+    parse_quantity,
+    parse_tokens,
+    show_bytes,
+    show_quantity,
+    show_seconds,
+    show_tokens,
+)
+from regard.bench.plan.ring_time import ring_seconds
+from regard.bench.plan.timing import JOB, Timed, Timing
 from regard.cli import main
 from regard.errors import FileFormatError, OptionError
 from regard.parallel.context import context_parallel_attention
@@ -402,7 +409,7 @@ def test_the_command_measures_writes_its_page_and_shows_an_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("regard.bench.plan_timing.measure", lambda report: timing())
+    monkeypatch.setattr("regard.bench.plan.timing.measure", lambda report: timing())
     page_file = tmp_path / "docs" / "plan.md"
     page_file.parent.mkdir()
     result = CliRunner().invoke(main, ["plan", "--measure", "--report", str(page_file)])

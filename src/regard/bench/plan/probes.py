@@ -1,4 +1,4 @@
-"""Short measurements that make a :class:`~regard.bench.machine.Machine` of the one at hand.
+"""Short measurements that make a :class:`~regard.bench.plan.machine.Machine` of the one at hand.
 
 Kernels are timed as :mod:`regard.parallel` calls them: partial attention over whole and over causal blocks of a few
 sizes, causal linear attention with its gradient, a matrix product as wide as a head, a copy. Ranks of one machine share
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from regard.bench.kept import load_kept, save_kept
-from regard.bench.local_ranks import run_local
-from regard.bench.machine import Curve, Kernel, Link, Machine
 from regard.bench.measure import seconds
-from regard.bench.plan_job import Job
-from regard.bench.plan_linear import linear_flops
-from regard.bench.quantities import parse_quantity, parse_tokens
+from regard.bench.plan.job import Job
+from regard.bench.plan.linear import linear_flops
+from regard.bench.plan.local_ranks import run_local
+from regard.bench.plan.machine import Curve, Kernel, Link, Machine
+from regard.bench.plan.quantities import parse_quantity, parse_tokens
 from regard.errors import OptionError
 from regard.kernels.linear import linear_attention
 from regard.kernels.native import cache_folder

@@ -1,8 +1,8 @@
 """The context-parallel planner: for one job and machine, time and memory of every strategy, and which to use.
 
 In the manner of a roofline: kernels' rates, the memory's and the links' bandwidths are measured or given
-(:mod:`regard.bench.machine`), work, bytes and messages are counted (:mod:`regard.bench.plan_exact`,
-:mod:`regard.bench.plan_linear`), and what can run at once does.
+(:mod:`regard.bench.plan.machine`), work, bytes and messages are counted (:mod:`regard.bench.plan.exact`,
+:mod:`regard.bench.plan.linear`), and what can run at once does.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
-from regard.bench.machine import Machine
-from regard.bench.plan_exact import break_even, exact_predictions
-from regard.bench.plan_job import Job, Kind, Prediction
-from regard.bench.plan_linear import linear_predictions
-from regard.bench.quantities import show_quantity, show_seconds
+from regard.bench.plan.exact import break_even, exact_predictions
+from regard.bench.plan.job import Job, Kind, Prediction
+from regard.bench.plan.linear import linear_predictions
+from regard.bench.plan.machine import Machine
+from regard.bench.plan.quantities import show_quantity, show_seconds
 
 __all__ = ["Plan", "advice", "plan", "sweep"]
 

@@ -1,11 +1,11 @@
 """Predicted time, messages and memory of exact attention over ranks: ring, Ulysses and the meshes between them.
 
 All three are one: an all-to-all inside teams before and after, and a ring of teams for what is computed between. The
-ring is followed rank by rank and step by step (:mod:`regard.bench.ring_time`), since with causal attention who waits
-for whom is what matters. Visible pairs and hops are those of :class:`~regard.parallel.shards.Sharding`, messages and
-bytes those of :func:`~regard.parallel.traffic.traffic`; both are asked about a short sequence: with stretches of ``m``
-tokens bytes are proportional to ``m`` and pairs are ``a m^2 + b m``, so that one and two tell all others exactly.
-"""
+ring is followed rank by rank and step by step (:mod:`regard.bench.plan.ring_time`), since with causal attention who
+waits for whom is what matters. Visible pairs and hops are those of :class:`~regard.parallel.shards.Sharding`,
+messages and bytes those of :func:`~regard.parallel.traffic.traffic`; both are asked about a short sequence: with
+stretches of ``m`` tokens bytes are proportional to ``m`` and pairs are ``a m^2 + b m``, so that one and two tell all
+others exactly."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from regard.bench.machine import Curve, Kernel, Link, Machine
-from regard.bench.plan_job import Job, Memory, Pass, Prediction, Work
-from regard.bench.ring_time import ring_seconds
+from regard.bench.plan.job import Job, Memory, Pass, Prediction, Work
+from regard.bench.plan.machine import Curve, Kernel, Link, Machine
+from regard.bench.plan.ring_time import ring_seconds
 from regard.errors import OptionError
 from regard.parallel.shards import Deal, Sharding
 from regard.parallel.traffic import PassTraffic, Strategy, traffic

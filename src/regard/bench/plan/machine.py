@@ -2,7 +2,7 @@
 
 A kernel's rate depends on how large its blocks are, so it is a :class:`Curve` over block sizes; with the memory's
 bandwidth this makes a roofline, ``seconds = max(work / rate, bytes / bandwidth)``. Rates are measured by
-:mod:`regard.bench.probes`, or assumed: :meth:`Machine.assumed` plans for hardware that is not here.
+:mod:`regard.bench.plan.probes`, or assumed: :meth:`Machine.assumed` plans for hardware that is not here.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import get_args
 
 from regard.bench.markdown import paragraph, table
-from regard.bench.plan_job import Job, Kind, Prediction
-from regard.bench.plan_timing import JOB, Timed, Timing
-from regard.bench.planner import Plan, advice
-from regard.bench.quantities import show_bytes, show_quantity, show_seconds, show_tokens
+from regard.bench.plan.job import Job, Kind, Prediction
+from regard.bench.plan.planner import Plan, advice
+from regard.bench.plan.quantities import show_bytes, show_quantity, show_seconds, show_tokens
+from regard.bench.plan.timing import JOB, Timed, Timing
 
 __all__ = ["EXAMPLE", "HEAD", "MEASURED", "page", "plan_rows", "rates", "timed_rows"]
 

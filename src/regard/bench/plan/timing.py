@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from regard.bench.kept import load_kept, save_kept
-from regard.bench.local_ranks import run_local
-from regard.bench.machine import Link, Machine
 from regard.bench.measure import peak_bytes, seconds
-from regard.bench.plan_job import Job, Kind, Prediction
-from regard.bench.plan_linear import WITHOUT
-from regard.bench.planner import plan
-from regard.bench.probes import Together, probe, probe_link
+from regard.bench.plan.job import Job, Kind, Prediction
+from regard.bench.plan.linear import WITHOUT
+from regard.bench.plan.local_ranks import run_local
+from regard.bench.plan.machine import Link, Machine
+from regard.bench.plan.planner import plan
+from regard.bench.plan.probes import Together, probe, probe_link
 from regard.kernels import native
 from regard.parallel.context import context_parallel_attention
 from regard.parallel.group import Group

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from regard.bench.quantities import show_bytes, show_tokens
+from regard.bench.plan.quantities import show_bytes, show_tokens
 from regard.errors import OptionError
 from regard.kernels.shapes import accumulation_dtype
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal, get_args
 
-from regard.bench.machine import Machine
-from regard.bench.plan_job import Job, Memory, Pass, Prediction, Work
+from regard.bench.plan.job import Job, Memory, Pass, Prediction, Work
+from regard.bench.plan.machine import Machine
 from regard.parallel.zeco import sp_cost
 
 __all__ = ["WITHOUT", "Method", "linear_flops", "linear_predictions"]

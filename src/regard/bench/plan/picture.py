@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
 from regard.bench.figures import new_figure
-from regard.bench.plan_job import Kind
-from regard.bench.plan_timing import RANKS, Timed
-from regard.bench.planner import Plan
-from regard.bench.quantities import show_bytes, show_quantity, show_tokens
+from regard.bench.plan.job import Kind
+from regard.bench.plan.planner import Plan
+from regard.bench.plan.quantities import show_bytes, show_quantity, show_tokens
+from regard.bench.plan.timing import RANKS, Timed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

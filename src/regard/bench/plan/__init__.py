@@ -1,0 +1,1 @@
+"""What spreading a sequence over ranks will take: a roofline from measured rates, and measurements beside it."""
