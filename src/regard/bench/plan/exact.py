@@ -5,7 +5,8 @@ ring is followed rank by rank and step by step (:mod:`regard.bench.plan.ring_tim
 waits for whom is what matters. Visible pairs and hops are those of :class:`~regard.parallel.shards.Sharding`,
 messages and bytes those of :func:`~regard.parallel.traffic.traffic`; both are asked about a short sequence: with
 stretches of ``m`` tokens bytes are proportional to ``m`` and pairs are ``a m^2 + b m``, so that one and two tell all
-others exactly."""
+others exactly.
+"""
 
 from __future__ import annotations
 
