@@ -74,7 +74,8 @@ def _spread(report: Report, form: str, lengths: tuple[int, ...], quick: bool) ->
 
 def _in_turn(call: Call, whole: tuple[Tensor, ...], length: int, backward: bool) -> None:
     """One call after the other on sequences of ``length`` tokens, as many as the whole memory holds."""
-    cut = (t.unflatten(2, (-1, length)).unbind(2) for t in whole)
+    # Stretches of memory, so that every sequence is contiguous, as the whole is.
+    cut = (t.view(-1, 1, t.shape[1], length, *t.shape[3:]).unbind(0) for t in whole)
     for tensors in zip(*cut, strict=True):
         if backward:
             gradients(call, tuple(t.detach().requires_grad_() for t in tensors))()

@@ -40,6 +40,8 @@ class ScoredMechanism(Mechanism):
     decodes = True
     per_pair: int = 1
     """Numbers that the score forms for each pair."""
+    rows: int | None = None
+    """Queries that are taken at a time; None for as many as fit a tile."""
 
     @abstractmethod
     def score(self, query: Tensor, key: Tensor, tile: Tile) -> Tensor:
@@ -64,6 +66,7 @@ class ScoredMechanism(Mechanism):
             rule=request.visible,
             read=self.read,
             per_pair=self.per_pair,
+            rows=self.rows,
         )
 
     def implied(self, query: Tensor, key: Tensor, value: Tensor | None, request: Request) -> Tensor:

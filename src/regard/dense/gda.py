@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError
 from regard.kernels import accumulation_dtype, dense_attention
+from regard.layers.head_output import lambda_init
 from regard.layers.rotary import apply_rotary, rotary_angles
 from regard.masks import Boolean, Mask
 from regard.mechanism import Layer
@@ -35,11 +36,6 @@ __all__ = [
     "grow_signal_heads",
     "lambda_init",
 ]
-
-
-def lambda_init(layer: int) -> float:
-    """``0.8 - 0.6 exp(-0.3 (layer - 1))`` for the 1-based layer: 0.2 in the first, towards 0.8 in deep ones."""
-    return 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))
 
 
 @register("gda")

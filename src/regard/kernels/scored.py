@@ -79,18 +79,21 @@ def scored_attention(
     rule: Mask | None = None,
     read: ReadOut = weighted_sum,
     per_pair: int = 1,
+    rows: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Output ``(batch, num_heads, q_len, value_dim)`` for query ``(batch, num_heads, q_len, d)``, key and value
     ``(batch, kv_heads, k_len, ...)``.
 
     rule: who sees whom (None: all). per_pair: numbers that the score forms for each pair, which sets the size of tiles.
-    Half precision is computed in float32. Gradients reach whatever score, normaliser and read-out hold.
+    rows: queries of a tile, instead of what that gives. Half precision is computed in float32. Gradients reach whatever
+    score, normaliser and read-out hold.
     """
     form = resolve("scored", backend, FORMS)
     query_, key_, value_ = _wide(query, key, value)
     q_len, k_len = query.shape[2], key.shape[2]
-    rows = tile_rows(query.shape[0] * query.shape[1], k_len, per_pair)
+    if rows is None:
+        rows = tile_rows(query.shape[0] * query.shape[1], k_len, per_pair)
     if form == "whole" or (form == "auto" and rows >= q_len):
         rows = max(q_len, 1)
     elif form == "tiled":

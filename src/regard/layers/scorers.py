@@ -7,6 +7,7 @@ None but the dot product is a matrix product of queries and keys, so they cost m
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.errors import OptionError, UnknownNameError
@@ -21,6 +22,11 @@ class Scorer(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in the dtype of ``x``: scores of half precision are computed in float32."""
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 class DotScore(Scorer):
@@ -46,7 +52,7 @@ class BilinearScore(Scorer):
         self.scale = rank**-0.5
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        return (self.query(query) * self.scale) @ self.key(key).transpose(-1, -2)
+        return (_linear(self.query, query) * self.scale) @ _linear(self.key, key).transpose(-1, -2)
 
 
 class AdditiveScore(Scorer):
@@ -62,8 +68,8 @@ class AdditiveScore(Scorer):
         self.out = nn.Linear(hidden, 1, bias=False)
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        pairs = self.query(query)[..., :, None, :] + self.key(key)[..., None, :, :]
-        return self.out(torch.tanh(pairs))[..., 0]
+        pairs = _linear(self.query, query)[..., :, None, :] + _linear(self.key, key)[..., None, :, :]
+        return _linear(self.out, torch.tanh(pairs))[..., 0]
 
 
 class DistanceScore(Scorer):
