@@ -12,36 +12,28 @@ channel), a scalar decay per head as in Mamba-2's form (Dao and Gu, 2024, arXiv 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.errors import OptionError
-from regard.kernels import LinearState, accumulation_dtype, delta_rule, linear_attention
+from regard.kernels import accumulation_dtype, delta_rule, linear_attention
 from regard.layers.causal_conv import CausalConv
 from regard.layers.feature_maps import unit_vectors
 from regard.layers.heads import head_sizes
 from regard.layers.norms import srms_norm
 from regard.layers.padding import layer_keys
+from regard.linear.frame import FrameState
 from regard.masks import Mask
 from regard.mechanism import Layer
 from regard.registry import register
 
-__all__ = ["GatedLinearAttention", "GatedState"]
+__all__ = ["GatedLinearAttention"]
 
 UPDATES, DECAYS = ("sum", "delta"), ("none", "head", "channel")
 # A gate's logit is divided by this, so that decays begin near one (Yang et al., 2023, section 4.4).
 _TEMPERATURE = 16.0
-
-
-@dataclass(frozen=True)
-class GatedState:
-    """Decoding state of one layer: the sum, and the last inputs of the convolution."""
-
-    running: LinearState | None = None
-    tail: Tensor | None = None
 
 
 @register("gated_linear_attention")
@@ -104,17 +96,17 @@ class GatedLinearAttention(Layer):
         """``(batch, length, embed_dim)`` in and out. mask: of keys alone (``KeyPadding``); what it hides leaves the
         state as it was."""
         keys = layer_keys(mask, x.shape[1], x.device, "GatedLinearAttention")
-        return self._run(x, GatedState(), keys)[0]
+        return self._run(x, FrameState(), keys)[0]
 
-    def init_state(self, batch: int, *, like: Tensor) -> GatedState:
+    def init_state(self, batch: int, *, like: Tensor) -> FrameState:
         """The state before the first token."""
-        return GatedState()
+        return FrameState()
 
-    def step(self, x: Tensor, state: GatedState) -> tuple[Tensor, GatedState]:
+    def step(self, x: Tensor, state: FrameState) -> tuple[Tensor, FrameState]:
         """The next token or tokens ``(batch, tokens, embed_dim)``; gives the numbers of :meth:`forward`."""
         return self._run(x, state, None)
 
-    def _run(self, x: Tensor, state: GatedState, keys: Tensor | None) -> tuple[Tensor, GatedState]:
+    def _run(self, x: Tensor, state: FrameState, keys: Tensor | None) -> tuple[Tensor, FrameState]:
         mixed, tail = self.project(x), state.tail
         if keys is not None:
             mixed = mixed.masked_fill(~keys[:, 0, :, None], 0)
@@ -151,7 +143,7 @@ class GatedLinearAttention(Layer):
         out = srms_norm(out).transpose(1, 2).flatten(2).to(x.dtype)
         if self.gate is not None:
             out = out * F.silu(self.gate(x))
-        return self.out(out), GatedState(running, tail)
+        return self.out(out), FrameState(running, tail)
 
     def _log_decay(self, x: Tensor) -> Tensor | None:
         """Per head ``(batch, heads, length)``, or per channel ``(batch, heads, length, head_dim)``."""
