@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.errors import OptionError, ShapeError
+from regard.errors import OptionError
 from regard.linear.titans import NeuralMemory
 from regard.linear.titans_layers import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from regard.models.stepwise import StepwiseLM
 
 __all__ = ["TitansBlock", "TitansLMM", "TitansMAC", "TitansMAG", "TitansMAL"]
 
@@ -50,7 +50,7 @@ class TitansBlock(nn.Module):
         return out
 
 
-class _Titans(nn.Module):
+class _Titans(StepwiseLM):
     """Tokens ``(batch, length)`` to logits ``(batch, length, vocab_size)``; decoding keeps one state per layer, whose
     size does not depend on how much was read."""
 
@@ -66,33 +66,10 @@ class _Titans(nn.Module):
         self.norm = nn.RMSNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token at every position."""
-        hidden = self._embed(tokens)
-        for block in self.blocks:
-            hidden = block(hidden)
-        logits: Tensor = self.head(self.norm(hidden))
-        return logits
-
     def init_state(self, batch: int) -> list[Any]:
         """The state before the first token, one per layer."""
         like = self.embed.weight
         return [block.mixer.init_state(batch, like=like) for block in self.blocks]  # type: ignore[operator, union-attr]
-
-    def step(self, tokens: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
-        """Logits of the next tokens ``(batch, new)`` after all that ``state`` has seen, and the new state."""
-        hidden, after = self._embed(tokens), []
-        for block, before in zip(self.blocks, state, strict=True):
-            hidden, now = block.step(hidden, before)  # type: ignore[operator]
-            after.append(now)
-        logits: Tensor = self.head(self.norm(hidden))
-        return logits, after
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
-            raise ShapeError(f"Tokens are integers (batch, length), got {tokens.dtype} of shape {tuple(tokens.shape)}.")
-        hidden: Tensor = self.embed(tokens)
-        return hidden
 
 
 class TitansMAC(_Titans):

@@ -8,12 +8,11 @@ unit without an activation. The first layer has rotations besides its decay, the
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from regard.errors import ShapeError
 from regard.layers.norms import SRMSNorm
 from regard.linear.lightning_attention import TnlAttention, TnlState
+from regard.models.stepwise import StepwiseLM
 
 __all__ = ["SGLU", "TransNormerBlock", "TransNormerLLM"]
 
@@ -60,7 +59,7 @@ class TransNormerBlock(nn.Module):
         return x + self.glu(self.norm(x)), state
 
 
-class TransNormerLLM(nn.Module):
+class TransNormerLLM(StepwiseLM):
     """Tokens ``(batch, length)`` to logits ``(batch, length, vocab_size)``; decoding keeps one state per
     layer, whose size does not depend on how much was read."""
 
@@ -76,29 +75,6 @@ class TransNormerLLM(nn.Module):
         self.norm = SRMSNorm()
         self.head = nn.Linear(embed_dim, vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token at every position."""
-        hidden = self._embed(tokens)
-        for block in self.blocks:
-            hidden = block(hidden)
-        logits: Tensor = self.head(self.norm(hidden))
-        return logits
-
     def init_state(self, batch: int) -> list[TnlState]:
         """The state before the first token, one per layer."""
         return [TnlState() for _ in self.blocks]
-
-    def step(self, tokens: Tensor, state: list[TnlState]) -> tuple[Tensor, list[TnlState]]:
-        """Logits of the next tokens ``(batch, new)`` after all that ``state`` has seen, and the new state."""
-        hidden, after = self._embed(tokens), []
-        for block, before in zip(self.blocks, state, strict=True):
-            hidden, now = block.step(hidden, before)  # type: ignore[operator]
-            after.append(now)
-        logits: Tensor = self.head(self.norm(hidden))
-        return logits, after
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
-            raise ShapeError(f"Tokens are integers (batch, length), got {tokens.dtype} of shape {tuple(tokens.shape)}.")
-        hidden: Tensor = self.embed(tokens)
-        return hidden
