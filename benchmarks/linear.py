@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -56,20 +57,32 @@ def _call(form: str) -> Call:
 
 
 def _spread(report: Report, form: str, lengths: tuple[int, ...], quick: bool) -> list[Row]:
-    """Every round takes as many tokens at every length, from the same memory: short sequences find no warmer cache."""
+    """How far the time per token differs between lengths, in a process whose allocator keeps its memory; for the first
+    form also as a process finds it, where the system clears fresh pages for every long output."""
     rows = []
-    for backward in (False, True):
-        report(f"{form}, {'forward + backward' if backward else 'forward'}: {lengths[0]} to {lengths[-1]} tokens")
-        whole = _inputs(form, lengths[-1], grad=False)
-        calls = {str(n): partial(_in_turn, _call(form), whole, n, backward) for n in lengths}
-        medians = [statistics.median(times) for times in interleaved(calls, 2 if backward else 3).values()]
-        share = [1e6 * seconds / lengths[-1] for seconds in medians]
-        note = "microseconds per token: " + ", ".join(
-            f"{taken:.2f} at {n // 1024}k" for taken, n in zip(share, lengths, strict=True)
-        )
-        name = f"{form}, spread of time per token, {'forward + backward' if backward else 'forward'}"
-        rows.append(Row(name, 100 * (max(share) / min(share) - 1), "%", None if quick else 15.0, "<=", note))
+    for mode in ("forward", "backward"):
+        for memory in ("kept", "default") if form == FORMS[0] else ("kept",):
+            report(f"{form}, {mode}: {lengths[0]} to {lengths[-1]} tokens, memory {memory}")
+            printed = run_alone("benchmarks.linear", "share", form, mode, *map(str, lengths), memory=memory)
+            share = json.loads(printed)
+            note = f"allocator: memory {memory}; microseconds per token: " + ", ".join(
+                f"{taken:.2f} at {n // 1024}k" for taken, n in zip(share, lengths, strict=True)
+            )
+            both = "forward + backward" if mode == "backward" else "forward"
+            target = 15.0 if memory == "kept" and not quick else None
+            spread = 100 * (max(share) / min(share) - 1)
+            rows.append(Row(f"{form}, spread of time per token, {both}", spread, "%", target, "<=", note))
     return rows
+
+
+def shares(form: str, mode: str, lengths: list[int]) -> list[float]:
+    """Microseconds per token at each length. Every round takes as many tokens at every length, from the same memory:
+    short sequences find no warmer cache."""
+    backward = mode == "backward"
+    whole = _inputs(form, lengths[-1], grad=False)
+    calls = {str(n): partial(_in_turn, _call(form), whole, n, backward) for n in lengths}
+    medians = [statistics.median(times) for times in interleaved(calls, 3 if backward else 5).values()]
+    return [1e6 * seconds / lengths[-1] for seconds in medians]
 
 
 def _in_turn(call: Call, whole: tuple[Tensor, ...], length: int, backward: bool) -> None:
@@ -127,7 +140,7 @@ def _memory(report: Report, form: str, lengths: tuple[int, ...], quick: bool) ->
     for backward in (False, True):
         report(f"memory of {form}: {', '.join(map(str, lengths))} tokens")
         mode = "backward" if backward else "forward"
-        peaks = [run_alone("benchmarks.linear", form, mode, str(n)) for n in lengths]
+        peaks = [int(run_alone("benchmarks.linear", "peak", form, mode, str(n))) for n in lengths]
         own = (sum(t.nbytes for t in _inputs(form, 64, False)) / 64 + 4 * HEADS * DIM) * (2 if backward else 1)
         extra = (peaks[1] - peaks[0]) / (lengths[1] - lengths[0])
         note = "beyond inputs and outputs: " + ", ".join(
@@ -153,4 +166,8 @@ def peak(form: str, mode: str, length: int) -> int:
 
 
 if __name__ == "__main__":
-    print(peak(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    question, form, mode, *lengths = sys.argv[1:]
+    if question == "share":
+        print(json.dumps(shares(form, mode, [int(n) for n in lengths])))
+    else:
+        print(peak(form, mode, int(lengths[0])))

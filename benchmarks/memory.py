@@ -23,7 +23,7 @@ def run(report: Report, quick: bool) -> list[Row]:
     rows = []
     for kernel in ("block_sparse", "linear"):
         report(f"memory of {kernel}: {', '.join(map(str, lengths))} tokens")
-        first, second, third = (run_alone("benchmarks.memory", kernel, str(length)) for length in lengths)
+        first, second, third = (int(run_alone("benchmarks.memory", kernel, str(length))) for length in lengths)
         note = "peak beyond the inputs, forward + backward, 8 heads: " + ", ".join(
             f"{peak / 2**20:.0f} MiB at {length}" for peak, length in zip((first, second, third), lengths, strict=True)
         )

@@ -88,7 +88,7 @@ def _natten(report: Report, heads: int, side: int) -> list[Row]:
 def _memory(report: Report, side: int) -> list[Row]:
     windows = (7, 13, 25)
     report(f"memory of windows {', '.join(map(str, windows))}")
-    peaks = [run_alone("benchmarks.neighborhood", str(side), str(window)) for window in windows]
+    peaks = [int(run_alone("benchmarks.neighborhood", str(side), str(window))) for window in windows]
     note = "peak beyond the inputs, forward, 8 heads: " + ", ".join(
         f"{peak / 2**20:.1f} MiB at window {window}" for peak, window in zip(peaks, windows, strict=True)
     )

@@ -61,13 +61,18 @@ def gradients(call: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Calla
     return lambda: torch.autograd.grad(call(*tensors), tensors, grad)
 
 
-def run_alone(module: str, *arguments: str) -> int:
-    """The number that ``python -m module arguments`` prints last: a process of its own, where nothing hides a peak."""
-    # glibc is told to give freed memory back at once, so that the peak is what was held and not what was ever touched.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+# glibc is told to give freed memory back at once, so that a peak is what was held and not what was ever touched,
+# or to keep it, so that a time is the kernel's own and not that of the system clearing fresh pages.
+_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+_KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**12), "MALLOC_TOP_PAD_": str(10**9)}
+
+
+def run_alone(module: str, *arguments: str, memory: Literal["given back", "kept", "default"] = "given back") -> str:
+    """The last line that ``python -m module arguments`` prints: a process of its own, where nothing hides a peak."""
+    environment = {**os.environ, **{"given back": _GIVE_BACK, "kept": _KEEP, "default": {}}[memory]}
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return int(done.stdout.split()[-1])
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return done.stdout.strip().splitlines()[-1]
 
 
 def peak_growth(call: Callable[[], object]) -> int:

@@ -1,8 +1,8 @@
 """regard: every attention mechanism behind one PyTorch interface.
 
-``attention`` computes one by name, ``create`` builds it, ``catalogue`` lists all, ``retrofit`` puts it into a live
-model, ``capture`` looks inside a model, ``compare`` measures what mechanisms cost and change. Nothing loads until it
-is used.
+``attention`` computes one by name, ``create`` builds it, ``program`` makes one of plain functions, ``catalogue`` lists
+all, ``retrofit`` puts one into a live model, ``capture`` looks inside a model, ``compare`` measures what each costs and
+changes. Nothing loads until it is used.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _HOMES = {
     "compare": "regard.bench.compare",
     "create": "regard.registry",
     "describe": "regard.registry",
+    "program": "regard.dense.program",
     "register": "regard.registry",
     "retrofit": "regard.retrofit",
     "use_backend": "regard.kernels",
@@ -31,6 +32,7 @@ _HOMES = {
 __all__ = [*_HOMES]
 
 if TYPE_CHECKING:
+    from regard.dense.program import program as program
     from regard.functional import attention as attention
     from regard.kernels import use_backend as use_backend
     from regard.mechanism import Mechanism as Mechanism

@@ -1,0 +1,304 @@
+"""Attention programmed by plain functions: what a pair scores, who sees whom, how a row of scores becomes weights.
+
+``score = score_mod(scale q k, b, h, q_idx, kv_idx)`` where the mask sees the pair, ``out = rowwise(score) v``. Forms:
+
+- ``eager``: the whole map, one block of keys;
+- ``tiled``: tiles of queries against the blocks of keys that the mask needs, merged by the online reduction; the
+  backward pass computes a tile again, so that memory is linear in length, forward and backward;
+- ``fused``: without ``score_mod`` and with softmax, the kernels for masks and block layouts;
+- ``flex``: compiled FlexAttention, softmax alone; forward and backward on a GPU, forward alone on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from regard.errors import BackendError, ShapeError
+from regard.kernels.backends import resolve
+from regard.kernels.block_sparse import block_sparse_attention
+from regard.kernels.dense import dense_attention
+from regard.kernels.elementwise import Elementwise
+from regard.kernels.rowwise import Rowwise, State
+from regard.kernels.shapes import accumulation_dtype, expand_groups, score_scale
+from regard.layout import BlockLayout
+from regard.masks import Mask, MaskMod
+
+__all__ = ["FORMS", "ProgramCall", "program_attention"]
+
+FORMS = ("eager", "tiled", "fused", "flex")
+# Numbers of a map that is kept whole without a thought, and of a tile's row of blocks.
+_SMALL, _TILE = 1 << 20, 1 << 21
+_BLOCK_K = 512
+
+
+@dataclass(frozen=True)
+class ProgramCall:
+    """What is computed: the three functions and how indices count.
+
+    score_mod: already :class:`~regard.kernels.elementwise.Elementwise`, or None. mask: None for all pairs. offset: what
+    is added to a query's place to give the ``q_idx`` of ``score_mod``.
+    """
+
+    rowwise: Rowwise
+    score_mod: Elementwise | None = None
+    mask: Mask | None = None
+    scale: float | None = None
+    offset: int = 0
+
+    @property
+    def softmax_alone(self) -> bool:
+        """Whether this is softmax attention under a mask."""
+        return self.score_mod is None and self.rowwise.name == "softmax"
+
+    def forms(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[str, ...]:
+        """The forms that can run a call, the usual choice first."""
+        maps = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+        found = ["eager", "tiled"] if maps <= _SMALL else ["tiled", "eager"]
+        if self._flexible(query, key, value):
+            found.insert(0 if query.is_cuda else len(found), "flex")
+        if self.softmax_alone:
+            found.insert(0, "fused")
+        return tuple(found)
+
+    def _flexible(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        whole = self.rowwise.name == "softmax" and query.dtype != torch.float64 and value.shape[-1] > 0
+        return whole and min(query.shape[2], key.shape[2]) >= 16 and (query.is_cuda or not differentiated)
+
+
+def tile_sizes(query: Tensor, key: Tensor) -> tuple[int, int]:
+    """Queries and keys of a tile where nothing was measured."""
+    k_len = key.shape[2]
+    rows = max(_TILE // max(query.shape[0] * query.shape[1] * k_len, 1), 16)
+    return min(rows, query.shape[2]), min(_BLOCK_K, k_len)
+
+
+def program_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: ProgramCall,
+    *,
+    layout: BlockLayout | None = None,
+    tile: tuple[int, int] | None = None,
+    with_state: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, State | None]:
+    """The output ``(batch, num_heads, q_len, value_dim)``, and the rows' final state where the form knows it.
+
+    query ``(batch, num_heads, q_len, d)``; key and value ``(batch, kv_heads, k_len, ...)``. layout: blocks that are
+    computed, with its own mask, in place of the call's. tile: queries and keys of a tile (those of the layout where
+    there is one). with_state: run a form that knows the state (``"flex"`` does on a GPU, ``"fused"`` never). Gradients
+    reach the tensors that the functions hold. A row with nothing to see gives zeros.
+
+    Raises BackendError for a form that cannot run the call, ShapeError for lengths that do not fit.
+    """
+    if layout is not None and (layout.q_len, layout.k_len) != (query.shape[2], key.shape[2]):
+        raise ShapeError(
+            f"The layout is for {layout.q_len} queries and {layout.k_len} keys; got {query.shape[2]}, {key.shape[2]}."
+        )
+    form = resolve("program", backend, FORMS)
+    able = call.forms(query, key, value)
+    if with_state:
+        able = tuple(one for one in able if one in ("eager", "tiled") or (one == "flex" and query.is_cuda))
+    if form == "auto":
+        form = able[0]
+    elif form not in able:
+        raise BackendError(
+            f"The {form} form cannot run this call; it can run as {', '.join(able)}. 'fused' is softmax without "
+            "score_mod, and keeps no state; 'flex' is softmax of at least 16 queries and keys, not in float64, and on "
+            "a CPU without gradients and without state."
+        )
+    if form == "fused":
+        if layout is not None:
+            return block_sparse_attention(query, key, value, layout, scale=call.scale), None
+        return dense_attention(query, key, value, mask=call.mask, scale=call.scale), None
+    if form == "flex":
+        return _flex(query, key, value, call, layout, with_state)
+    q_len, k_len = query.shape[2], key.shape[2]
+    block_q, block_k = tile or tile_sizes(query, key)
+    if form == "eager":
+        layout = layout and _whole(layout)
+        block_q, block_k = q_len, k_len
+    if layout is None:
+        layout = BlockLayout.of(call.mask, q_len, k_len, min(block_q, q_len), min(block_k, k_len), query.device)
+    return _tiled(query, key, value, call, layout)
+
+
+def _whole(layout: BlockLayout) -> BlockLayout:
+    """The same pairs as one block."""
+    return BlockLayout.of(layout.as_mask(), layout.q_len, layout.k_len, layout.q_len, layout.k_len, layout.visit.device)
+
+
+# Which tiles are computed depends on the mask's values: no graph.
+@torch.compiler.disable
+def _tiled(
+    query: Tensor, key: Tensor, value: Tensor, call: ProgramCall, layout: BlockLayout
+) -> tuple[Tensor, State | None]:
+    heads, work = query.shape[1], accumulation_dtype(query.dtype)
+    query_, key_, value_ = (
+        query.to(work) * score_scale(query, call.scale),
+        expand_groups(key, heads).to(work),
+        expand_groups(value, heads).to(work),
+    )
+    rule = layout.mask.mod(layout.q_len, layout.k_len)
+    by_batch, order = [], []
+    for batches in _alike(layout, 0, query.shape[0]):
+        by_head, head_order = [], []
+        for members in _alike(layout, 1, heads, batches[0]):
+            q, k, v = (_take(_take(t, 0, batches), 1, members) for t in (query_, key_, value_))
+            lanes = tuple(
+                torch.tensor(some, device=query.device).view(shape)
+                for some, shape in ((batches, (-1, 1, 1, 1)), (members, (1, -1, 1, 1)))
+            )
+            parts = []
+            for row, blocks in enumerate(_needed(layout, batches[0], members[0])):
+                tile = _Tile(call, layout, rule, row, blocks, (lanes[0], lanes[1]))
+                # One row of tiles is the whole map, which there is no point in computing again.
+                if torch.is_grad_enabled() and layout.visit.shape[2] > 1:
+                    parts.append(checkpoint(tile, q, k, v, use_reentrant=False))
+                else:
+                    parts.append(tile(q, k, v))
+            by_head.append([torch.cat(some, 2) for some in _columns(parts)])
+            head_order += members
+        by_batch.append(_together(by_head, 1, head_order))
+        order += batches
+    out, *state = _together(by_batch, 0, order)
+    return out.to(query.dtype), tuple(state)
+
+
+def _alike(layout: BlockLayout, axis: int, size: int, batch: int = 0) -> list[list[int]]:
+    """Sequences (axis 0), or heads of one sequence (axis 1), in groups that need the same blocks."""
+    kinds = torch.stack((layout.visit, layout.full), -1)
+    if axis:
+        kinds = kinds[batch if len(kinds) > 1 else 0]
+    if len(kinds) == 1:
+        return [list(range(size))]
+    groups: dict[bytes, list[int]] = {}
+    for member, picture in enumerate(kinds.flatten(1).cpu().numpy()):
+        groups.setdefault(picture.tobytes(), []).append(member)
+    return list(groups.values())
+
+
+def _needed(layout: BlockLayout, batch: int, head: int) -> list[list[tuple[int, bool]]]:
+    """For each row of blocks those that are computed, and whether all pairs of one are seen."""
+    visit, full = (t[batch if len(t) > 1 else 0, head if t.shape[1] > 1 else 0] for t in (layout.visit, layout.full))
+    rows: list[list[tuple[int, bool]]] = [[] for _ in range(len(visit))]
+    places = visit.nonzero()
+    for (row, block), certain in zip(places.tolist(), full[places[:, 0], places[:, 1]].tolist(), strict=True):
+        rows[row].append((block, certain))
+    return rows
+
+
+def _take(tensor: Tensor, dim: int, members: list[int]) -> Tensor:
+    """These members of an axis; neighbours without a copy."""
+    if members == list(range(members[0], members[-1] + 1)):
+        return tensor.narrow(dim, members[0], len(members))
+    return tensor.index_select(dim, torch.tensor(members, device=tensor.device))
+
+
+def _columns(parts: list[tuple[Tensor, State]]) -> list[tuple[Tensor, ...]]:
+    """Outputs side by side, and each tensor of the states."""
+    return list(zip(*((out, *state) for out, state in parts), strict=True))
+
+
+def _together(groups: list[list[Tensor]], dim: int, order: list[int]) -> list[Tensor]:
+    """Groups of sequences or heads back in one tensor, in their own order."""
+    if len(groups) == 1:
+        return groups[0]
+    back = torch.tensor(order, device=groups[0][0].device).argsort()
+    return [torch.cat(some, dim).index_select(dim, back) for some in zip(*groups, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile of queries against its blocks of keys; lanes: sequences ``(n, 1, 1, 1)`` and heads ``(1, n, 1, 1)``."""
+
+    call: ProgramCall
+    layout: BlockLayout
+    rule: MaskMod
+    row: int
+    blocks: list[tuple[int, bool]]
+    lanes: tuple[Tensor, Tensor]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, State]:
+        start = self.row * self.layout.block_q
+        part = query[:, :, start : start + self.layout.block_q]
+        q_idx = torch.arange(start, start + part.shape[2], device=query.device).view(1, 1, -1, 1)
+        out, state = None, None
+        for block, certain in self.blocks:
+            span = slice(block * self.layout.block_k, (block + 1) * self.layout.block_k)
+            weights, new = self._weights(part, key[:, :, span], q_idx, block, certain)
+            added = weights @ value[:, :, span]
+            if out is None or state is None:
+                out, state = added, new
+            else:
+                state, before, after = self.call.rowwise.merge(state, new)
+                out = out * before + added * after
+        if out is None or state is None:
+            # Nothing is seen: what one hidden key gives.
+            weights, state = self.call.rowwise.reduce(
+                part.new_zeros(*part.shape[:3], 1), torch.zeros(1, dtype=torch.bool, device=part.device)
+            )
+            out = weights @ value[:, :, :1]
+        return self.call.rowwise.finished(out, state), state
+
+    def _weights(self, query: Tensor, key: Tensor, q_idx: Tensor, block: int, certain: bool) -> tuple[Tensor, State]:
+        scores, first = query @ key.transpose(-1, -2), block * self.layout.block_k
+        kv_idx = torch.arange(first, first + key.shape[2], device=query.device).view(1, 1, 1, -1)
+        if self.call.score_mod is not None:
+            scores = self.call.score_mod(scores, *self.lanes, q_idx + self.call.offset, kv_idx)
+        seen = torch.ones((), dtype=torch.bool, device=query.device)
+        if not certain:
+            mask = self.layout.mask
+            # A rule that knows no sequences or heads is asked once for all of them.
+            batch, head = (
+                lane if size > 1 else lane.new_zeros(1, 1, 1, 1)
+                for lane, size in zip(self.lanes, (mask.batch, mask.heads), strict=True)
+            )
+            seen = self.rule(batch, head, q_idx, kv_idx)
+        return self.call.rowwise.reduce(scores, seen)
+
+
+@cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, call: ProgramCall, layout: BlockLayout | None, with_state: bool
+) -> tuple[Tensor, State | None]:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    if layout is None and call.mask is not None:
+        layout = BlockLayout.of(call.mask, query.shape[2], key.shape[2], device=query.device)
+    found = _compiled_flex()(
+        query,
+        key,
+        value,
+        score_mod=None if call.score_mod is None else _shifted(call.score_mod.function, call.offset),
+        block_mask=None if layout is None else layout.block_mask(),
+        scale=score_scale(query, call.scale),
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=True, max_scores=True) if with_state else None,
+    )
+    if not with_state:
+        return found, None
+    out, aux = found
+    total = torch.where(aux.lse.isfinite(), (aux.lse - aux.max_scores).exp(), 0)
+    return out, (aux.max_scores[..., None], total[..., None])
+
+
+def _shifted(score_mod: Callable[..., Tensor], offset: int) -> Callable[..., Tensor]:
+    if not offset:
+        return score_mod
+    return lambda score, b, h, q_idx, kv_idx: score_mod(score, b, h, q_idx + offset, kv_idx)
