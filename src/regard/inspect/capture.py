@@ -14,7 +14,7 @@ from regard.errors import OptionError, UnknownNameError
 from regard.kernels import expand_groups
 from regard.retrofit.handle import open_sites
 from regard.retrofit.sites import Selector, Site, discover, select
-from regard.retrofit.switch import Call
+from regard.retrofit.switch import Call, Weights
 
 __all__ = ["LayerTrace", "Trace", "capture"]
 
@@ -29,7 +29,8 @@ class LayerTrace:
     there are none. ``head_outputs`` ``(batch, num_heads, q_len, value_dim)``: before the output projection. ``values``
     ``(batch, kv_heads, k_len, value_dim)`` and ``keys``, ``queries``: as attention got them, rotated where the model
     rotates, cached ones included. ``hidden_states`` ``(batch, length, embed_dim)``: what enters the block of the layer
-    (the residual stream), in the model's own axes.
+    (the residual stream), in the model's own axes. ``summary``: what ``summarize`` made of the call; ``queries_seen``:
+    how many queries it had.
     """
 
     path: str
@@ -39,7 +40,25 @@ class LayerTrace:
     queries: Tensor | None = None
     keys: Tensor | None = None
     hidden_states: Tensor | None = None
+    summary: Any = None
     _sources: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    queries_seen: int = 0
+    _asking: Weights | None = field(default=None, repr=False)
+
+    def weight_rows(self, rows: int = 256) -> Iterator[tuple[int, Tensor]]:
+        """The weights, so many queries at a time: ``(first query, (batch, num_heads, rows, k_len))``, never all of them
+        at once for softmax attention. Only while the layer runs: in the ``summarize`` of :class:`capture`."""
+        if self._asking is None:
+            raise OptionError(
+                f"The call of {self.path} is over, and its weights are gone. Read weight_rows() inside "
+                "capture(model, weights=False, summarize=...)."
+            )
+        for start in range(0, self.queries_seen, rows):
+            with torch.no_grad():
+                found = self._asking(slice(start, start + rows))
+            if found is None:
+                return
+            yield start, found.detach()
 
     def gradient(self, name: str) -> Tensor:
         """The gradient of what was run backward with respect to ``name``, in its shape; needs ``gradients=True``.
@@ -123,8 +142,16 @@ class Trace:
 class _Recorder:
     """Watches the switches and fills a trace."""
 
-    def __init__(self, trace: Trace, asked: frozenset[str], gradients: bool, keep_all: bool) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        asked: frozenset[str],
+        gradients: bool,
+        keep_all: bool,
+        summarize: Callable[[LayerTrace], Any] | None,
+    ) -> None:
         self.trace, self.asked, self.gradients, self.keep_all = trace, asked, gradients, keep_all
+        self.summarize = summarize
         self.entering: dict[int, Tensor] = {}
 
     def enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -137,7 +164,7 @@ class _Recorder:
     def leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.entering.pop(id(block), None)
 
-    def observe(self, site: Site, call: Call, output: Tensor, weights: Callable[[], Tensor | None]) -> None:
+    def observe(self, site: Site, call: Call, output: Tensor, weights: Weights) -> None:
         seen = {
             "head_outputs": output,
             "values": call.value,
@@ -145,7 +172,7 @@ class _Recorder:
             "keys": call.key,
             "hidden_states": self.entering.get(id(site.block)),
         }
-        entry = LayerTrace(site.path)
+        entry = LayerTrace(site.path, queries_seen=call.query.shape[2])
         if self.gradients:
             wanted = self.asked | ({"head_outputs", "values"} if "weights" in self.asked else frozenset())
             for name in wanted & seen.keys():
@@ -163,6 +190,11 @@ class _Recorder:
             with torch.no_grad():
                 found = weights()
             entry.weights = None if found is None else found.detach()
+        if self.summarize is not None:
+            entry._asking = weights
+            entry.summary = self.summarize(entry)
+            # The call's tensors are held no longer than the layer runs.
+            entry._asking = None
         self.trace._add(entry, self.keep_all)
 
 
@@ -175,7 +207,8 @@ class capture:
     weights, head_outputs, values, queries, keys, hidden_states: what to keep (see :class:`LayerTrace`); tensors are
     detached and nothing else is held. gradients: keep them in the graph, so that ``trace[path].gradient(name)`` answers
     after ``backward()``. layers: which, as in :func:`regard.retrofit`. keep: the latest call of a layer, or 'all' (each
-    step of ``generate``).
+    step of ``generate``). summarize: called with each :class:`LayerTrace` while its layer runs; what it returns is the
+    trace's ``summary``. It may read weights in rows (``weight_rows``), so that maps of long texts never exist whole.
 
     Weights are the model's own where its attention returns them (eager), and softmax of its own logits otherwise; in
     training those of a retrofitted mechanism are taken in evaluation mode. torch's encoder layers leave their fused
@@ -195,6 +228,7 @@ class capture:
         gradients: bool = False,
         layers: Selector = None,
         keep: Literal["last", "all"] = "last",
+        summarize: Callable[[LayerTrace], Any] | None = None,
     ) -> None:
         if keep not in ("last", "all"):
             raise OptionError(f"keep is 'last' or 'all', got {keep!r}.")
@@ -210,14 +244,14 @@ class capture:
             "keys": keys,
         }
         self._asked = frozenset(name for name, wanted in given.items() if wanted)
-        self._gradients, self._keep_all = gradients, keep == "all"
+        self._gradients, self._keep_all, self._summarize = gradients, keep == "all", summarize
         self._closing: ExitStack | None = None
 
     def __enter__(self) -> Trace:
         if self._closing is not None:
             raise OptionError("This capture is in use already; make another one with regard.capture(model).")
         trace = Trace([site.path for site in self._chosen])
-        recorder = _Recorder(trace, self._asked, self._gradients, self._keep_all)
+        recorder = _Recorder(trace, self._asked, self._gradients, self._keep_all, self._summarize)
         closing = ExitStack()
         try:
             for switch in open_sites(self._model, self._sites, self._chosen, closing, watching=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -14,7 +14,7 @@ from regard.kernels import accumulation_dtype, expand_groups, score_scale
 from regard.mechanism import SparseMechanism
 from regard.retrofit.handle import open_sites
 from regard.retrofit.sites import Selector, Site, discover, select
-from regard.retrofit.switch import Call, switches
+from regard.retrofit.switch import Call, Weights, switches
 
 __all__ = ["LogitMonitor", "instability_flags"]
 
@@ -85,7 +85,7 @@ class LogitMonitor:
         self._calls.clear()
         self._seen.clear()
 
-    def observe(self, site: Site, call: Call, output: Tensor, weights: Callable[[], Tensor | None]) -> None:
+    def observe(self, site: Site, call: Call, output: Tensor, weights: Weights) -> None:
         """What a watched layer calls."""
         count = self._calls.get(site.path, 0)
         self._calls[site.path] = count + 1

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from regard.cache import EvictingCache, KeyValueCache
 from regard.errors import RetrofitError, ShapeError, UnsupportedMaskError, UnsupportedPatternError
 from regard.kernels import accumulation_dtype, expand_groups, masked_softmax, score_scale
 from regard.mechanism import Mechanism
+from regard.registry import build
 from regard.retrofit.reading import Reading
 from regard.retrofit.sites import Site
 
@@ -28,10 +30,12 @@ __all__ = [
     "Call",
     "Decoding",
     "DropoutPolicy",
+    "Editor",
     "Observer",
     "Patches",
     "Replacement",
     "Switch",
+    "Weights",
     "implied_weights",
     "name_of",
     "respond",
@@ -61,15 +65,22 @@ class Call:
     def reading(self) -> Reading:
         return self.read()
 
-    def softmax_weights(self) -> Tensor:
-        """Softmax attention's weights ``(batch, num_heads, q_len, k_len)``, whatever computed the output."""
-        reading, work = self.reading, accumulation_dtype(self.query.dtype)
+    def softmax_weights(self, rows: slice | None = None) -> Tensor:
+        """Softmax attention's weights ``(batch, num_heads, q_len, k_len)``, whatever computed the output; of some
+        queries alone if ``rows`` is given."""
+        reading, work, q_len = self.reading, accumulation_dtype(self.query.dtype), self.query.shape[2]
+        index = torch.arange(q_len, device=self.query.device)[rows or slice(None)]
+        query = self.query if rows is None else self.query[:, :, rows]
         key = expand_groups(self.key[:, :, : reading.keys], self.query.shape[1]).to(work)
-        scores = self.query.to(work) * score_scale(self.query, self.scale) @ key.transpose(-1, -2)
+        scores = query.to(work) * score_scale(self.query, self.scale) @ key.transpose(-1, -2)
         if reading.bias is not None:
-            scores = scores + reading.bias.to(work)
-        rule = reading.visible
-        visible = None if rule is None else rule.dense(scores.shape[-2], scores.shape[-1], scores.device)
+            bias = reading.bias.to(work)
+            scores = scores + (bias if bias.shape[-2] == 1 else bias[..., index, :])
+        visible = None
+        if reading.visible is not None:
+            columns = torch.arange(reading.keys, device=index.device)
+            rule = reading.visible.to(index.device)
+            visible = rule.at(index.view(1, 1, -1, 1), columns.view(1, 1, 1, -1), q_len, reading.keys)
         return self.padded(masked_softmax(scores, visible).to(self.query.dtype))
 
     def padded(self, weights: Tensor) -> Tensor:
@@ -77,11 +88,29 @@ class Call:
         return F.pad(weights, (0, self.key.shape[2] - weights.shape[-1]))
 
 
+class Weights(Protocol):
+    """Asks for the weights ``(batch, num_heads, q_len, k_len)`` of a call, of all queries or some rows of them; None
+    where a mechanism implies none."""
+
+    def __call__(self, rows: slice | None = None) -> Tensor | None: ...
+
+
 class Observer(Protocol):
     """Somebody who watches a layer."""
 
-    def observe(self, site: Site, call: Call, output: Tensor, weights: Callable[[], Tensor | None]) -> None:
+    def observe(self, site: Site, call: Call, output: Tensor, weights: Weights) -> None:
         """``output`` ``(batch, q_len, num_heads, value_dim)`` is the very tensor that the model goes on with."""
+
+
+class Editor(Protocol):
+    """Somebody who changes what a layer takes or gives (:mod:`regard.inspect.intervene`)."""
+
+    def before(self, site: Site, call: Call) -> Call:
+        """The call that is answered. One that is not the very same is answered by softmax attention, unless a
+        mechanism is in the layer's place."""
+
+    def after(self, site: Site, call: Call, output: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
+        """The output ``(batch, q_len, num_heads, value_dim)`` that the model goes on with, and its weights."""
 
 
 @dataclass(eq=False)
@@ -155,6 +184,7 @@ class Switch:
     site: Site
     replacements: list[Replacement] = field(default_factory=list)
     observers: list[Observer] = field(default_factory=list)
+    editors: list[Editor] = field(default_factory=list)
     users: int = 0
     pending: Decoding | None = None
     """State that the call which comes next goes on from."""
@@ -176,23 +206,44 @@ class Switch:
         own: the model's own attention. own_weights: what an observer is told if that gives no weights (by default those
         of softmax attention).
         """
+        asked = call
+        for editor in self.editors:
+            call = editor.before(self.site, call)
         chosen = self.replacement
+        if chosen is None and call is not asked:
+            chosen = Replacement(_full())
         if chosen is None:
             output, weights = own()
         else:
             output, weights = respond(self.site, chosen, call, want_weights)
 
-        def implied() -> Tensor | None:
-            if weights is not None:
-                return weights
-            if chosen is None:
-                return call.softmax_weights() if own_weights is None else own_weights()
-            # The keys of a state are out of reach.
-            return None if call.decoding is not None else implied_weights(self.site, chosen.answering(call), call)
+        def implied(rows: slice | None = None) -> Tensor | None:
+            found = weights
+            if found is None:
+                if chosen is None and own_weights is None:
+                    return call.softmax_weights(rows)
+                if chosen is None and own_weights is not None:
+                    found = own_weights()
+                # The keys of a state are out of reach.
+                elif chosen is not None and call.decoding is None:
+                    found = implied_weights(self.site, chosen.answering(call), call)
+            return found if found is None or rows is None else found[:, :, rows]
 
+        telling: Weights = implied
+        for editor in self.editors:
+            output, telling = editor.after(self.site, call, output, telling)
         for observer in self.observers:
-            observer.observe(self.site, call, output, implied)
+            observer.observe(self.site, call, output, telling)
+        if self.editors and weights is not None:
+            weights = telling()
         return output, weights
+
+
+def _full() -> Mechanism:
+    """Softmax attention over all that a call may see."""
+    found = build("full", {})
+    assert isinstance(found, Mechanism)
+    return found
 
 
 def name_of(mechanism: Mechanism) -> str:
