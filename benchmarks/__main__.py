@@ -25,8 +25,8 @@ import torch
 from regard.kernels.native import status
 
 NAMES = (
-    *("dense", "neighborhood", "windows", "linear", "memory", "selection", "crossover"),
-    *("block_sparse", "block_sparse_long", "block_sparse_settings", "gpu"),
+    *("dense", "dense_memory", "neighborhood", "windows", "linear", "memory", "selection", "crossover"),
+    *("block_sparse", "block_sparse_long", "block_sparse_settings", "explore", "gpu"),
 )
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,0 +1,138 @@
+"""The page: what it says of a model is what capture and a plain forward pass say; and it opens in a browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+
+import regard
+from regard.cli import main
+from regard.errors import OptionError
+from regard.inspect.exploration import Exploration, explore_image, explore_text
+from regard.inspect.explore_page import METRIC_NOTES, render_explore, write_explore
+from regard.inspect.intervene import ablate_heads, intervene
+from regard.inspect.metrics import head_metrics
+from regard.models.nano import load_nano, load_tokenizer
+from tests.retrofit.small_models import t5, vit
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+TEXT = "def area(radius):\n    return 3 * radius ** 2  # </script> <b>\n\n\ndef area(side):\n    return side ** 2\n"
+
+
+@pytest.fixture(scope="module")
+def explored() -> Exploration:
+    return explore_text(load_nano().eval(), load_tokenizer(), TEXT, name="nano", ablate_tokens=24)
+
+
+@torch.no_grad()
+def test_what_is_shown_is_what_the_model_does(explored: Exploration) -> None:
+    model, tokenizer = load_nano().eval(), load_tokenizer()
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(TEXT)["input_ids"]]])
+    assert "".join(explored.tokens[1:]) == TEXT
+    with regard.capture(model) as trace:
+        logits = model(input_ids=ids).logits
+    losses = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
+    torch.testing.assert_close(torch.tensor(explored.losses), losses, atol=1e-3, rtol=0)
+    for place, layer in enumerate(trace):
+        assert layer.weights is not None
+        best = layer.weights[0].topk(explored.keys[place].shape[-1], -1)
+        torch.testing.assert_close(explored.weights[place].float() / 255, best.values, atol=0.003, rtol=0)
+        found = head_metrics(layer.weights)
+        for name, values in found.items():
+            torch.testing.assert_close(torch.tensor(explored.metrics[name][place]), values[0], atol=1e-3, rtol=1e-3)
+        # As few tokens as this are bins of one each.
+        share = (layer.weights[0] / layer.weights[0].amax((-2, -1), keepdim=True)).sqrt()
+        torch.testing.assert_close(explored.maps[place].float() / 255, share, atol=0.003, rtol=0)
+    short = ids[:, :24]
+    base = F.cross_entropy(model(input_ids=short).logits[0, :-1], short[0, 1:])
+    group = explored.ablations[0]
+    for heads, change in ((group.heads, group.change), ([(2, 3)], explored.head_changes[2][3])):
+        with intervene(model, ablate_heads(heads)):
+            worse = F.cross_entropy(model(input_ids=short).logits[0, :-1], short[0, 1:])
+        assert change == pytest.approx(float(worse - base), abs=1e-4)
+
+
+def test_long_texts_are_cut_and_maps_reduced() -> None:
+    found = explore_text(load_nano(), load_tokenizer(), TEXT * 12, max_tokens=400, ablate_tokens=0)
+    assert len(found.tokens) == 400 and found.maps[0].shape == (6, 160, 160)
+    assert not found.ablations and not found.head_changes
+    # Nothing is attended to ahead.
+    assert int(torch.triu(found.maps[1][0].int(), 1).max()) == 0
+
+
+def test_the_page_carries_all_of_it(explored: Exploration) -> None:
+    page = render_explore(explored)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert data["tokens"] == explored.tokens and data["heads"] == [6] * 6
+    assert set(data["metrics"]) <= set(METRIC_NOTES)
+    packed = re.search(r'id="layer2">(.*?)</script>', page)[1]
+    raw, count = zlib.decompress(base64.b64decode(packed)), explored.keys[2].numel()
+    assert np.array_equal(np.frombuffer(raw, "<u2", count), explored.keys[2].flatten().numpy())
+    assert np.array_equal(np.frombuffer(raw, "u1", count, 2 * count), explored.weights[2].flatten().numpy())
+    # Nothing of the text ends the script that carries it.
+    assert page.count("</script>") == 2 + len(explored.keys)
+
+
+def test_an_image_is_shown_by_its_patches() -> None:
+    model = vit()
+    size = model.config.image_size
+    pixels = torch.randn(1, 3, size, size)
+    found = explore_image(model, pixels, "data:image/png;base64,AAAA", name="vit")
+    side = size // model.config.patch_size
+    assert found.patches is not None and found.patches.grid == (side, side) and found.patches.before == 1
+    assert found.tokens[0] == "[CLS]" and found.tokens[1] == "patch 0, 0"
+    assert "divergence" in found.measure and all(row >= 0 for layer in found.head_changes for row in layer)
+
+
+def _of_both(model: torch.nn.Module) -> torch.nn.Module:
+    """A model of encoder and decoder that takes ``input_ids`` alone."""
+
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids: torch.Tensor) -> object:
+            few = input_ids % 30
+            return self.inner(input_ids=few, decoder_input_ids=few[:, :5])
+
+    return Both()
+
+
+def test_what_cannot_be_shown_is_refused() -> None:
+    tokenizer = load_tokenizer()
+    with pytest.raises(OptionError, match="two tokens"):
+        explore_text(load_nano(), tokenizer, "")
+    model = t5()
+    with pytest.raises(OptionError, match="encoder and decoder"):
+        explore_text(_of_both(model), tokenizer, TEXT)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
+def test_the_page_opens_in_a_browser(explored: Exploration, tmp_path: Path) -> None:
+    target = write_explore(explored, tmp_path)
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
+    dom = subprocess.run([*command, target.as_uri()], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "data-ready=" in dom
+    assert len(re.findall(r'role="gridcell" data-l="\d', dom)) == 36
+    # The token that it begins with has its keys coloured.
+    assert 'class="here"' in dom and "background-color: rgb" in dom
+
+
+def test_the_command_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text(TEXT)
+    asked = ["inspect", "--text", str(tmp_path / "some.txt"), "--ablate-tokens", "0", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, asked)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "explore.html").stat().st_size > 20_000
