@@ -71,12 +71,18 @@ def test_long_texts_are_cut_and_maps_reduced() -> None:
     assert int(torch.triu(found.maps[1][0].int(), 1).max()) == 0
 
 
+def _element(name: str, page: str) -> str:
+    found = re.search(rf'id="{name}">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
 def test_the_page_carries_all_of_it(explored: Exploration) -> None:
     page = render_explore(explored)
-    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    data = json.loads(_element("data", page))
     assert data["tokens"] == explored.tokens and data["heads"] == [6] * 6
     assert set(data["metrics"]) <= set(METRIC_NOTES)
-    packed = re.search(r'id="layer2">(.*?)</script>', page)[1]
+    packed = _element("layer2", page)
     raw, count = zlib.decompress(base64.b64decode(packed)), explored.keys[2].numel()
     assert np.array_equal(np.frombuffer(raw, "<u2", count), explored.keys[2].flatten().numpy())
     assert np.array_equal(np.frombuffer(raw, "u1", count, 2 * count), explored.weights[2].flatten().numpy())
@@ -122,7 +128,14 @@ def test_what_cannot_be_shown_is_refused() -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser here")
 def test_the_page_opens_in_a_browser(explored: Exploration, tmp_path: Path) -> None:
     target = write_explore(explored, tmp_path)
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
+    command = [
+        str(CHROMIUM),
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=3000",
+        "--dump-dom",
+    ]
     dom = subprocess.run([*command, target.as_uri()], capture_output=True, text=True, check=True, timeout=120).stdout
     assert "data-ready=" in dom
     assert len(re.findall(r'role="gridcell" data-l="\d', dom)) == 36
