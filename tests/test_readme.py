@@ -30,6 +30,13 @@ def test_python_snippets_run_in_order() -> None:
     assert names["weights"].shape == (1, 8, 1024, 1024)  # type: ignore[attr-defined]
 
 
+def test_snippets_of_the_page_on_looking_inside_run() -> None:
+    pytest.importorskip("transformers")
+    page = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
+    for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(snippet, "inspect.md", "exec"), {})
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "regard"], ids=lambda c: " ".join(c[:3]))
 def test_commands_run(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")

@@ -139,6 +139,8 @@ def show(key: str) -> None:
         console.print(f"\n[bold]Evidence[/bold] ({evidence['date']}, `{evidence['command']}`): {verdict}")
         console.print_json(data=evidence["measured"])
         console.print(evidence.get("note", ""), highlight=False)
+        if entry.picture is not None:
+            console.print(f"[bold]Picture[/bold]  {entry.picture}", highlight=False, soft_wrap=True)
 
 
 @main.command("draw")
@@ -189,6 +191,54 @@ def reproduce_command(keys: tuple[str, ...], out: Path | None) -> None:
         console.print_json(data=result["measured"])
         verdict = "[green]holds[/green]" if result["holds"] else "[yellow]does not hold[/yellow]"
         console.print(f"The effect {verdict} here ({result['seconds']} s). {result['note']}\n", highlight=False)
+
+
+@main.command("inspect")
+@click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text to look at [default: held-out source of the standard library].",
+)
+@click.option(
+    "--image", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Image, for a vision model."
+)
+@click.option("--max-tokens", default=1024, show_default=True, type=click.IntRange(2, 16384), help="Of the text.")
+@click.option(
+    "--ablate-tokens", default=512, show_default=True, type=click.IntRange(0), help="To ablate heads on; 0: not at all."
+)
+@click.option("--out", default="runs/inspect", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+def inspect_command(
+    model: str, text: Path | None, image: Path | None, max_tokens: int, ablate_tokens: int, out: Path
+) -> None:
+    """Write explore.html: a page on which to explore a model's attention."""
+    from regard.inspect.exploration import explore_image, explore_text
+    from regard.inspect.explore_page import write_explore
+    from regard.inspect.loading import load_image, load_text_model, load_vision_model
+
+    if text is not None and image is not None:
+        raise OptionError("Give --text or --image, one of the two.")
+    with console.status("loading") as status:
+        if image is not None:
+            vision, processor = load_vision_model(model)
+            pixels, picture = load_image(image, processor)
+            found = explore_image(vision, pixels, picture, name=model, ablate=ablate_tokens > 0, progress=status.update)
+        else:
+            from regard.bench.subjects import read_text
+
+            network, tokenizer = load_text_model(model)
+            given = text.read_text(encoding="utf-8") if text is not None else max(read_text(None), key=len)
+            found = explore_text(
+                network,
+                tokenizer,
+                given,
+                name=model,
+                max_tokens=max_tokens,
+                ablate_tokens=ablate_tokens,
+                progress=status.update,
+            )
+    target = write_explore(found, out)
+    console.print(f"wrote {target} ({target.stat().st_size / 2**20:.1f} MB): open it in a browser")
 
 
 @main.command("compare")
@@ -514,6 +564,79 @@ def study_table(result: StudyResult) -> Table:
     return table
 
 
+@main.command("language")
+@click.option("--mechanisms", required=True, help="Comma-separated names; a home such as dense is all of it.")
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each, from 0 on.")
+@click.option("--steps", type=click.IntRange(min=20), default=600, show_default=True, help="Of training.")
+@click.option("--option", "settings", multiple=True, metavar="KEY.NAME=VALUE", help="e.g. gda.num_noise_heads=2")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for language.json and checkpoints; what is there is not trained again.",
+)
+@click.option("--report", type=click.Path(dir_okay=False, path_type=Path), help="Page (.md) with table and picture.")
+def language_command(
+    mechanisms: str, seeds: int, steps: int, settings: tuple[str, ...], out: Path | None, report: Path | None
+) -> None:
+    """Train small language models that differ in their attention alone, at equal parameters and at equal FLOPs."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from regard.bench.language_comparison import (
+        LanguageResult,
+        LanguageRun,
+        LanguageSettings,
+        run_languages,
+        variants_of,
+    )
+    from regard.bench.language_page import language_page, language_rows
+    from regard.bench.language_picture import draw_languages
+    from regard.bench.study_batch import mechanism_names
+
+    if report is not None and importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("The page's picture", "plot")
+    plan = LanguageSettings(steps=steps)
+    variants = variants_of(mechanism_names(mechanisms), _options_by_key(settings), plan.length)
+    command = f"regard language --mechanisms {mechanisms}" + f" --seeds {seeds}" * (seeds != 3)
+    command += f" --steps {steps}" * (steps != 600) + "".join(f" --option {setting}" for setting in settings)
+    command += ("" if out is None else f" --out {out}") + f" --report {report}"
+    found: list[LanguageResult] = []
+
+    def tell(result: LanguageResult, run: LanguageRun) -> None:
+        found[:] = [result]
+        bits = ", ".join(f"{value:.3f} bits at equal {name}" for name, value in run.bits.items())
+        line = f"{run.label}, seed {run.seed}: {run.reason or bits}"
+        progress.console.print(line, style="dim", highlight=False, soft_wrap=True)
+        # After every run, as all of them may take hours.
+        if report is not None:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(language_page(result, command, f"pictures/{report.stem}.png"), encoding="utf-8")
+
+    stopped = False
+    with Progress(BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("loading", total=seeds * len(variants))
+
+        def update(line: str, done: float) -> None:
+            progress.update(bar, completed=done, description=line)
+
+        try:
+            run_languages(plan, variants, seeds, out, update, tell)
+        except KeyboardInterrupt:
+            stopped = True
+    for result in found:
+        head, rows = language_rows(result)
+        shown = Table(box=None, header_style="bold", pad_edge=False)
+        for column in head:
+            shown.add_column(column, justify="left" if column == head[0] else "right")
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+        if report is not None:
+            _save(draw_languages(result), report.parent / "pictures" / f"{report.stem}.png")
+            console.print(f"wrote {report}")
+    if stopped:
+        _leave_stopped()
+
+
 @main.command("simulate")
 @click.option("--grid", metavar="NxM", help="Tokens per axis: 4096, 64x64 or 30x48x80.")
 @click.option("--window", metavar="NxM", help="Keys per axis that a query sees; one number for all axes.")
@@ -777,8 +900,14 @@ def _flag(name: str, value: Any) -> str:
 
 
 @main.command()
-def env() -> None:
+@click.option(
+    "--tuning", is_flag=True, help="What was measured here to choose among forms of kernels, and where it is."
+)
+def env(tuning: bool) -> None:
     """Show what this machine offers: versions, devices, optional parts."""
+    if tuning:
+        _show_tuning()
+        return
     import platform
 
     import torch
@@ -799,6 +928,25 @@ def env() -> None:
         rows[extra] = "yes" if importlib.util.find_spec(extra) is not None else "not installed"
     for name, value in rows.items():
         console.print(f"{name:14}{value}", highlight=False)
+
+
+def _show_tuning() -> None:
+    from regard.kernels.tuning import records, tuning_file
+
+    console.print(str(tuning_file()), highlight=False, soft_wrap=True)
+    found = records()
+    if not found:
+        console.print(
+            "Nothing is measured yet: call .tune(query, key, value) of a regard.program, or build it with tune=True."
+        )
+    for kernel, classes in found.items():
+        for shapes, record in classes.items():
+            console.print(f"\n[bold]{kernel}[/bold]  {shapes}  ({record.date})", highlight=False, soft_wrap=True)
+            for name, seconds in sorted(record.seconds.items(), key=lambda item: item[1]):
+                mark = "*" if name == record.best else " "
+                console.print(f"  {mark} {name:16}{1e3 * seconds:10.2f} ms", highlight=False)
+            for name, why in record.failed.items():
+                console.print(f"    {name:16}{why}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _leave_stopped() -> NoReturn:

@@ -18,7 +18,7 @@ from regard.masks import Boolean, Everything, Mask
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = ["BlockLayout", "TokenLayout", "block_members", "kept_layout", "num_blocks"]
+__all__ = ["BlockLayout", "TokenLayout", "block_lists", "block_members", "kept_layout", "num_blocks"]
 
 
 def num_blocks(length: int, block_size: int) -> int:
@@ -30,6 +30,14 @@ def block_members(length: int, block_size: int, device: torch.device | str | Non
     """Token indices of each block, ``(num_blocks, block_size)``; a short last block repeats its last token."""
     index = torch.arange(num_blocks(length, block_size) * block_size, device=device)
     return index.clamp_max(length - 1).view(-1, block_size)
+
+
+def block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Booleans ``(..., rows, columns)`` as lists, int32: how many columns each row has, ``(..., rows)``, and which,
+    ``(..., rows, columns)``, ascending, with the others after them."""
+    count = blocks.sum(-1, dtype=torch.int32)
+    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return count, order.contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,14 +114,9 @@ class BlockLayout:
         """The same layout for ``torch.nn.attention.flex_attention``."""
         from torch.nn.attention.flex_attention import BlockMask
 
-        def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-            count = blocks.sum(-1, dtype=torch.int32)
-            order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
-            return count, order.contiguous()
-
         return BlockMask.from_kv_blocks(
-            *ordered(self.partial),
-            *ordered(self.full),
+            *block_lists(self.partial),
+            *block_lists(self.full),
             BLOCK_SIZE=(self.block_q, self.block_k),
             mask_mod=self.mask.wide_mod(self.q_len, self.k_len),
             seq_lengths=(self.q_len, self.k_len),

@@ -86,6 +86,8 @@ class Traits:
     true_gradient: ClassVar[bool] = True
     """Whether its gradient is the derivative of its output (False: straight-through or stopped, by the paper's
     design)."""
+    applies_rotary: bool = False
+    """Whether it applies rotary positions itself, so that queries and keys have to come without."""
 
 
 class Mechanism(nn.Module, Traits):
@@ -106,8 +108,6 @@ class Mechanism(nn.Module, Traits):
     """Whether ``step`` gives, token by token, the numbers of the causal parallel form."""
     takes_evicted: ClassVar[bool] = False
     """Whether ``step`` runs over a cache in which heads keep different tokens: the order of keys tells it nothing."""
-    applies_rotary: bool = False
-    """Whether it applies rotary positions itself, so that queries and keys have to come without."""
     off_grid: int = 0
     """How many of the queries stand beside the grid (text beside an image); the grid holds the others."""
 

@@ -85,7 +85,7 @@ def test_a_study_is_kept_and_gone_on_from(tmp_path: Path, monkeypatch: pytest.Mo
 def test_training_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Step for step what an uninterrupted run does: weights, optimiser and data go on where they were."""
     clock = iter(range(10_000))
-    monkeypatch.setattr(module, "_now", lambda: float(next(clock)))
+    monkeypatch.setattr(module, "training_clock", lambda: float(next(clock)))
     monkeypatch.setattr(module, "_KEPT_EVERY", 0.5)
     whole = run_study(small(seconds=8.0), tmp_path / "whole").outcomes[0]
     steps = 0

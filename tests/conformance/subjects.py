@@ -1,8 +1,9 @@
-"""The table: every catalogue entry that can be built, how to build it small, and inputs for it.
+"""The table: every catalogue entry that can be built, in each variant, how to build it small, and inputs for it.
 
 Nothing here or in the suite knows an entry by name. What an entry cannot do it declares in its traits
 (:class:`regard.mechanism.Traits`), and the suite checks that the declaration is true. ``REGARD_CONFORMANCE=moba,gna``
-in the environment keeps the table to those entries.
+in the environment keeps the table to those entries. A variant's declarations are those of its instances, as options may
+change them.
 """
 
 from __future__ import annotations
@@ -48,12 +49,17 @@ def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tens
 
 @dataclass(frozen=True)
 class Subject:
-    """One row of the table."""
+    """One row of the table. ``cls``: what declares its traits, a class or, of a variant, an instance."""
 
     name: str
     kind: str
     options: Mapping[str, Any]
-    cls: type[Any]
+    cls: Any
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}:{self.variant}" if self.variant else self.name
 
     def build(
         self,
@@ -113,6 +119,13 @@ def _table() -> tuple[list[Subject], dict[str, str]]:
             broken[entry.key] = f"{type(error).__name__}: {error}"
             continue
         rows.append(Subject(entry.key, entry.kind, entry.example, cls))
+        for variant, options in entry.variants.items():
+            try:
+                declared = Subject(entry.key, entry.kind, options, cls).build()
+            except Exception as error:
+                broken[f"{entry.key}:{variant}"] = f"{type(error).__name__}: {error}"
+                continue
+            rows.append(Subject(entry.key, entry.kind, options, declared, variant))
     return rows, broken
 
 
@@ -125,7 +138,7 @@ if _only:
 def over(kind: str, where: Callable[[Subject], bool] = lambda subject: True) -> pytest.MarkDecorator:
     """Parametrize a check over the subjects of a kind, those for which it makes sense."""
     rows = [subject for subject in SUBJECTS if subject.kind == kind and where(subject)]
-    return pytest.mark.parametrize("subject", rows, ids=[subject.name for subject in rows])
+    return pytest.mark.parametrize("subject", rows, ids=[subject.label for subject in rows])
 
 
 def query_key_value(

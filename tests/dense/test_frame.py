@@ -15,7 +15,16 @@ from regard.dense import compose
 from regard.errors import OptionError, ShapeError, UnknownNameError
 from regard.kernels import scored, use_backend
 from regard.layers.normalizers import NORMALIZERS, entmax, length_scaled_softmax, sparsemax, tempered_softmax
-from regard.layers.scorers import SCORERS, AdditiveScore, BilinearScore, DistanceScore, scorer
+from regard.layers.scorers import (
+    SCORERS,
+    AdditiveScore,
+    BilinearScore,
+    DistanceScore,
+    GaussianScore,
+    MLPScorer,
+    RelationalScore,
+    scorer,
+)
 from regard.masks import Boolean, Causal
 
 DIM = 6
@@ -27,7 +36,7 @@ def tokens(q_len: int = 7, k_len: int = 9, kv_heads: int = 2) -> tuple[Tensor, T
     return query, key, value
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", [name for name in SCORERS if name != "filtered"])  # which reads places besides
 def test_scores_pair_by_pair(name: str) -> None:
     module = scorer(name, DIM).double()
     query, key, _ = tokens()
@@ -35,12 +44,24 @@ def test_scores_pair_by_pair(name: str) -> None:
     for b, h, i, j in itertools.product(range(2), range(2), range(7), range(9)):
         q, k = query[b, h, i], key[b, h, j]
         if isinstance(module, BilinearScore):
-            expected = (module.query.weight @ q) @ (module.key.weight @ k) / math.sqrt(DIM)
+            expected = (module.query.weight @ q) @ (module.key.weight @ k) / math.sqrt(len(module.query.weight))
         elif isinstance(module, AdditiveScore):
             inner = module.query.weight @ q + module.query.bias + module.key.weight @ k
             expected = module.out.weight[0] @ inner.tanh()
-        elif isinstance(module, DistanceScore):
+        elif isinstance(module, DistanceScore | GaussianScore):
             expected = -(q - k).square().sum() / (2 * math.sqrt(DIM))
+        elif isinstance(module, RelationalScore):
+            expected = q.new_zeros(())
+            for r, weight in enumerate(module.out.weight[0]):
+                width = len(module.query.weight) // module.num_relations
+                part = slice(r * width, (r + 1) * width)
+                related = (module.query.weight[part] @ q) @ (module.key.weight[part] @ k) / math.sqrt(width)
+                expected = expected + weight * related.relu()
+        elif isinstance(module, MLPScorer):
+            inner = torch.cat([p.weight[0] @ x + p.bias[0] for p, x in ((module.query, q), (module.key, k))])
+            for layer in module.layers[:-1]:
+                inner = (layer.weight[0] @ inner + layer.bias[0]).relu()
+            expected = (module.layers[-1].weight[0] @ inner + module.layers[-1].bias[0])[0]
         else:
             expected = q @ k / math.sqrt(DIM)
         torch.testing.assert_close(found[b, h, i, j], expected)
@@ -59,6 +80,16 @@ def test_distance_of_equal_keys_is_the_dot_product() -> None:
     torch.testing.assert_close(
         compose("distance", head_dim=DIM)(query, key, value), F.scaled_dot_product_attention(query, key, value)
     )
+
+
+def test_gaussian_precisions_are_those_of_channels() -> None:
+    module = GaussianScore(DIM, 0.3).double()
+    torch.testing.assert_close(module.log_precision.exp(), torch.full((DIM,), 0.3, dtype=torch.float64))
+    with torch.no_grad():
+        module.log_precision.copy_(torch.randn(DIM))
+    query, key, _ = tokens()
+    gaps = (query[..., :, None, :] - key[..., None, :, :]).square()
+    torch.testing.assert_close(module(query, key), -(gaps * module.log_precision.exp()).sum(-1) / 2)
 
 
 @pytest.mark.parametrize("name", NORMALIZERS)
@@ -148,8 +179,7 @@ def test_talking_heads_are_a_product_with_their_matrix() -> None:
         torch.testing.assert_close(module(query, key, value), F.scaled_dot_product_attention(query, key, value))
         matrix = torch.randn(2, 2, dtype=torch.float64)
         with torch.no_grad():
-            assert module.mixture is not None
-            module.mixture.copy_(matrix)
+            (*module.before, *module.after)[0].kernel.copy_(matrix[None])
         mixed = [
             sum(matrix[g, h] * (scores if place == "pre" else scores.softmax(-1))[:, h] for h in range(2))
             for g in range(2)
@@ -165,7 +195,8 @@ def test_the_executor_is_told_and_taken(monkeypatch: pytest.MonkeyPatch) -> None
     assert far.executor(64, 64) == "whole" and far.executor(100_000, 100_000) == "tiled"
     assert compose("additive", head_dim=DIM).executor(1500, 1500) == "tiled"  # six numbers a pair
     seen: list[int] = []
-    monkeypatch.setattr(far, "score", lambda q, k, tile: (seen.append(q.shape[2]), far.scorer(q, k))[1])
+    inner = far.scorer.forward
+    monkeypatch.setattr(far.scorer, "forward", lambda q, k: (seen.append(q.shape[2]), inner(q, k))[1])
     query, key, value = (torch.randn(1, 1, 3000, DIM) for _ in range(3))
     far(query, key, value, causal=True)
     assert max(seen) <= scored.tile_rows(1, 3000) < 3000 and sum(seen) == 3000
@@ -186,8 +217,8 @@ def test_errors_teach() -> None:
         compose(normalizer="softmin")
     with pytest.raises(UnknownNameError, match="score named 'dott'"):
         compose("dott")
-    with pytest.raises(OptionError, match="'pre' or 'post'"):
-        compose(heads="both")  # type: ignore[arg-type]
+    with pytest.raises(UnknownNameError, match="head allocation named 'both'"):
+        compose(heads="both")
     with pytest.raises(OptionError, match="p is 1 or 2"):
         compose("distance", p=3)
     with pytest.raises(ShapeError, match="mixes 3 heads"):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.cache import EvictingCache
-from regard.dense.frame import ComposedDense
+from regard.dense.composed import ComposedDense
 from regard.dense.mta import CONFIGS, MultiTokenAttention
 from regard.errors import OptionError, ShapeError
 from regard.layers.head_output import HeadGate, HeadNorm
@@ -115,8 +115,9 @@ def test_mixing_all_heads_is_talking_heads_attention(place: Any) -> None:
     made, x = layer(pre_softmax=False, head_group=HEADS, head_mix=place, **BARE), tokens()
     talking = ComposedDense(heads=place, num_heads=HEADS, head_dim=WIDTH // HEADS).double()
     kernel = made.pre_heads if place == "pre" else made.post_heads
-    assert talking.mixture is not None and kernel is not None
-    talking.mixture.data.copy_(kernel[0])
+    (mixture,) = talking.parameters()
+    assert kernel is not None
+    mixture.data.copy_(kernel)
     expected = talking(*made.project(x), causal=True)
     torch.testing.assert_close(made(x, causal=True), made.out(expected.transpose(1, 2).flatten(2)))
 

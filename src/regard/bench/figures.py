@@ -9,8 +9,12 @@ from regard.errors import MissingExtraError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MARK", "UNSEEN", "new_figure", "sequential"]
+__all__ = ["COLOURS", "MARK", "MARKS", "UNSEEN", "new_figure", "sequential"]
 
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+"""Okabe and Ito's colours: every eye tells them apart."""
+MARKS = "osD^vP*X"
+"""Marks of points, for those who see the colours less well, and for print."""
 MARK = "#D55E00"
 """Outlines what the figure is about (vermilion of Okabe and Ito's palette)."""
 UNSEEN = "#E4E4E4"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regard.bench.figures import new_figure
+from regard.bench.figures import COLOURS, MARKS, new_figure
 from regard.bench.frontier import Frontier, Group, Point
 
 if TYPE_CHECKING:
@@ -13,10 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_frontier"]
 
-# Okabe and Ito's colours, and dashes where they run out: every eye tells them apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# Where the colours run out.
 _DASHES = ("-", "--", ":")
-_MARKS = "osD^vP*X"
 _STATIC = ("#555555", "#888888", "#B0B0B0")
 _MEASURES = (("bits_per_byte", "bits per byte"), ("error", "error of the output"), ("recall", "recalled mass"))
 
@@ -77,8 +75,8 @@ def _styles(result: Frontier) -> dict[str, tuple[str, str, str]]:
     found = {name: ("black", "-", "") for name in names["oracle"]}
     found |= {name: (_STATIC[at % 3], "-", "x+|"[at % 3]) for at, name in enumerate(names["static"])}
     for at, name in enumerate(names["mechanism"]):
-        colour, dash = _COLOURS[at % len(_COLOURS)], _DASHES[at // len(_COLOURS) % len(_DASHES)]
-        found[name] = (colour, dash, _MARKS[at % len(_MARKS)])
+        colour, dash = COLOURS[at % len(COLOURS)], _DASHES[at // len(COLOURS) % len(_DASHES)]
+        found[name] = (colour, dash, MARKS[at % len(MARKS)])
     return found
 
 

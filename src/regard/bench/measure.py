@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["interleaved", "median_ratio", "one_thread", "peak_bytes", "seconds"]
+__all__ = ["interleaved", "median_ratio", "one_thread", "peak_bytes", "seconds", "training_clock"]
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -22,6 +22,11 @@ def seconds(call: Callable[[], Any]) -> float:
     call()
     _synchronize()
     return time.perf_counter() - began
+
+
+def training_clock() -> float:
+    """Seconds: of the processor where it is one thread's, so that what else the machine does takes nobody's time."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _synchronize() -> None:

@@ -7,7 +7,6 @@ where it was.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor
 
 from regard.bench.kept import load_kept, save_kept
+from regard.bench.measure import training_clock
 from regard.bench.study_tasks import TASKS, SizedTask, TaskSetup
 from regard.bench.tasks import Task
-from regard.bench.training import evaluate
+from regard.bench.training import evaluate, reads_ahead
 from regard.errors import OptionError, RegardError, UnknownNameError, UnsupportedPatternError
 from regard.mechanism import Layer, Mechanism
 from regard.models.sequence import SequenceModel
@@ -256,8 +256,12 @@ def _measure(
         return
     model = study.model(name)
     outcome.causal, outcome.parameters = model.causal, sum(p.numel() for p in model.parameters())
-    if study.setup.shows_answers and _reads_ahead(model, study.at(study.length)):
-        raise UnsupportedPatternError(f"{name} lets later tokens change earlier outputs, and this task's hold answers.")
+    if study.setup.shows_answers:
+        task, generator = study.at(study.length), torch.Generator().manual_seed(0)
+        if reads_ahead(model, *(task.batch(2, generator)[0] for _ in range(2))):
+            raise UnsupportedPatternError(
+                f"{name} lets later tokens change earlier outputs, and this task's hold answers."
+            )
     _train(study, name, model, outcome, folder, report)
     for length in missing:
         report(f"{name}: testing at {length}", 1.0)
@@ -267,18 +271,6 @@ def _measure(
         if not math.isfinite(score):
             raise OptionError(f"The outputs at {length} tokens are not finite numbers.")
         outcome.scores[str(length)] = score
-
-
-@torch.no_grad()
-def _reads_ahead(model: SequenceModel, task: SizedTask) -> bool:
-    """Whether other tokens in the second half change outputs in the first."""
-    generator = torch.Generator().manual_seed(0)
-    inputs, other = (task.batch(2, generator)[0] for _ in range(2))
-    half = inputs.shape[1] // 2
-    other[:, :half] = inputs[:, :half]
-    model.eval()
-    before, after = (model(tokens)[:, :half] for tokens in (inputs, other))
-    return not torch.allclose(before, after, atol=1e-4)
 
 
 def _train(
@@ -317,7 +309,7 @@ def _train(
         file.with_suffix(".partial").replace(file)
 
     model.train()
-    last, saved = _now(), spent
+    last, saved = training_clock(), spent
     while spent < study.seconds:
         share = spent / study.seconds
         rate = min(20 * share + 1e-3, 0.1 + 0.45 * (1 + math.cos(math.pi * share)))
@@ -328,7 +320,7 @@ def _train(
         step += 1
         if not math.isfinite(loss):
             raise OptionError(f"Training diverged: the loss of step {step} is {loss}.")
-        now = _now()
+        now = training_clock()
         spent, last = spent + now - last, now
         report(f"{name}: step {step}, loss {loss:.3f}", min(spent / study.seconds, 1.0))
         if spent - saved > _KEPT_EVERY:
@@ -336,11 +328,6 @@ def _train(
             saved = spent
     keep()
     outcome.steps, outcome.loss = step, loss
-
-
-def _now() -> float:
-    """Seconds: of the processor where it is one thread's, so that what else the machine does takes nobody's time."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _step(

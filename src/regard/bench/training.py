@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regard.bench.tasks import Task
 
-__all__ = ["History", "evaluate", "fit"]
+__all__ = ["History", "evaluate", "fit", "reads_ahead"]
 
 
 @dataclass
@@ -32,6 +32,7 @@ def fit(
     batch_size: int = 32,
     lr: float = 1e-3,
     weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.98),
     warmup: int = 50,
     seed: int = 0,
     report: Callable[[str], None] | None = None,
@@ -39,7 +40,7 @@ def fit(
     extra_loss: Callable[[], torch.Tensor] | None = None,
 ) -> History:
     """Train with AdamW, linear warm-up and cosine decay to a tenth. ``extra_loss`` is added after each forward pass."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=betas)
 
     def rate(step: int) -> float:
         if step < warmup:
@@ -84,3 +85,15 @@ def evaluate(
         score, count = score + hit, count + counted
     model.train(was_training)
     return loss, score / max(count, 1)
+
+
+@torch.no_grad()
+def reads_ahead(model: nn.Module, inputs: Tensor, other: Tensor) -> bool:
+    """Whether a model's outputs in the first half of ``inputs`` change with their second half, taken from ``other``."""
+    half = inputs.shape[1] // 2
+    other = torch.cat((inputs[:, :half], other[:, half:]), 1)
+    was_training = model.training
+    model.eval()
+    before, after = (model(tokens)[:, :half] for tokens in (inputs, other))
+    model.train(was_training)
+    return not torch.allclose(before, after, atol=1e-4)

@@ -38,8 +38,10 @@ class PagePool:
     def open(self, key: Tensor, value: Tensor) -> None:
         """Take the memory, for heads as those of these tensors."""
         if self.key is None:
+            # Heads come first in memory, so that all pages in a row are one long sequence without a copy.
             self.key, self.value = (
-                t.new_zeros(self.num_pages, t.shape[1], self.page_size, t.shape[3]) for t in (key, value)
+                t.new_zeros(t.shape[1], self.num_pages, self.page_size, t.shape[3]).transpose(0, 1)
+                for t in (key, value)
             )
 
     def take(self) -> int:

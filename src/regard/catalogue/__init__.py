@@ -4,7 +4,8 @@ Fields: ``key``, ``title``, ``year``, ``arxiv``, ``home``, ``kind``, ``module`` 
 ``symbols`` (everything delivered for the paper, dotted), ``summary`` (one sentence), ``formula`` (plain text),
 ``claim``, ``example`` (options for an input of some dozens of tokens, used by pictures and by the conformance suite),
 ``compare`` (options for some thousands of tokens, where the paper's own are made for longer texts), ``sweep`` (several
-such options, from dense to sparse, over ``compare``: the points of a quality curve).
+such options, from dense to sparse, over ``compare``: the points of a quality curve), ``variants`` (other options by
+name, which the conformance suite runs beside ``example``).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Entry:
     example: Mapping[str, Any] = field(default_factory=dict)
     compare: Mapping[str, Any] = field(default_factory=dict)
     sweep: tuple[Mapping[str, Any], ...] = ()
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def paper(self) -> bool:
@@ -55,6 +57,12 @@ class Entry:
     def evidence(self) -> dict[str, Any] | None:
         """What `regard reproduce` measured, or None where nothing is kept yet."""
         return evidence(self.key)
+
+    @property
+    def picture(self) -> Path | None:
+        """What `regard reproduce` drew of it, or None where there is no picture."""
+        file = evidence_folder() / f"{self.key}.png"
+        return file if file.is_file() else None
 
 
 @cache

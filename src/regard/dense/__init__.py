@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regard.dense.frame import compose as compose
+    from regard.dense.composed import compose as compose
 
 __all__ = ["compose"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "compose":
-        from regard.dense.frame import compose
+        from regard.dense.composed import compose
 
         return compose
     raise AttributeError(f"module 'regard.dense' has no attribute {name!r}")

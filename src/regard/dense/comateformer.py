@@ -26,18 +26,16 @@ from regard.cost import AttentionShape, Cost, dense_cost, linear_layer_flops
 from regard.dense.frame import ScoredMechanism
 from regard.errors import OptionError, UnknownNameError
 from regard.kernels.scored import Tile
-from regard.layers.normalizers import pointwise, seen_count
+from regard.layers.attention_functions import ACTIVATIONS
+from regard.layers.normalizers import pointwise
+from regard.layers.read_outs import compositional_gate
 from regard.layers.scorers import DistanceScore
 from regard.masks import Mask
 from regard.registry import register
 
 __all__ = ["CombinedAttention", "CombinedMaps", "dual_affinity"]
 
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "arctan": torch.arctan,
-}
+FUNCTIONS = {name: ACTIVATIONS[name] for name in ("tanh", "sigmoid", "arctan")}
 
 
 class CombinedMaps(NamedTuple):
@@ -116,12 +114,9 @@ class CombinedAttention(ScoredMechanism):
 
     def normalize(self, scores: Tensor, visible: Tensor | None) -> Tensor:
         similarity, dissimilarity = scores
-        if self.centre == "mean":
-            seen = dissimilarity if visible is None else dissimilarity.masked_fill(~visible, 0)
-            dissimilarity = dissimilarity - seen.sum(-1, keepdim=True) / seen_count(dissimilarity, visible)
-        gate = FUNCTIONS[self.gate](dissimilarity)
-        if self.centre == "scale2" and self.gate == "sigmoid":
-            gate = 2 * gate
+        # Only a sigmoid's gate of equal vectors is one half, which doubling makes one.
+        centre = "none" if self.centre == "scale2" and self.gate != "sigmoid" else self.centre
+        gate = compositional_gate(dissimilarity, visible, centre, FUNCTIONS[self.gate])
         return pointwise(similarity, visible, lambda e: FUNCTIONS[self.similarity](e) * gate)
 
     @torch.no_grad()

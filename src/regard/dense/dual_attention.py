@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.cache import DynamicCache
@@ -31,24 +30,18 @@ from regard.errors import OptionError, ShapeError
 from regard.kernels import dense_attention
 from regard.kernels.scored import ReadOut, Tile, scored_attention
 from regard.kernels.shapes import accumulation_dtype
+from regard.layers.attention_functions import ACTIVATIONS
 from regard.layers.heads import head_sizes
 from regard.layers.maps import merge_heads, split_heads
 from regard.layers.normalizers import NORMALIZERS
 from regard.layers.rotary import apply_rotary, rotary_angles
+from regard.layers.scorers import relations
 from regard.layers.symbols import symbol_retriever
 from regard.masks import Boolean, Causal, Mask
 from regard.mechanism import Layer
 from regard.registry import register
 
 __all__ = ["DualAttention", "DualState", "RelationalAttention", "RelationalCrossAttention"]
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda x: x,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-}
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -179,7 +172,7 @@ class RelationalAttention(_Projected):
     def relations(self, x: Tensor) -> Tensor:
         """``r (batch, length, length, num_relations)``, whole."""
         query, key = (split_heads(linear(x), self.num_relations)[0] for linear in (self.rel_query, self.rel_key))
-        return self.activation(query @ key.transpose(-1, -2) * self.rel_proj_dim**-0.5).permute(0, 2, 3, 1)
+        return relations(query, key, self.activation).permute(0, 2, 3, 1)
 
     def weights(self, x: Tensor, *, causal: bool = False, mask: Mask | Tensor | None = None) -> Tensor:
         """``alpha (batch, num_heads, length, length)``, whole."""
@@ -214,12 +207,11 @@ class RelationalAttention(_Projected):
             kept = state.attention.append(key, value)
             key, value = kept.key, kept.value
             rel_key = state.relation.append(rel_key, rel_key[..., :0]).key
-        rel_query, rel_key = rel_query.to(work) * self.rel_proj_dim**-0.5, rel_key.to(work)
+        rel_query, rel_key = rel_query.to(work), rel_key.to(work)
 
         def read(weights: Tensor, query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> Tensor:
             part = rel_query[:, :, tile.start : tile.start + tile.rows]
-            relations = self.activation(part @ rel_key.transpose(-1, -2))
-            gathered = torch.einsum("bhij,brij->bhir", weights, relations)
+            gathered = torch.einsum("bhij,brij->bhir", weights, relations(part, rel_key, self.activation))
             senders = weights @ value if by_pair is None else by_pair(weights, query, key, value, tile)
             return senders + gathered @ self.rel_out.to(work).transpose(-1, -2)
 
@@ -286,8 +278,8 @@ class RelationalCrossAttention(_Projected):
 
         def read(weights: Tensor, query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> Tensor:
             if relation is not None and activation is not None:
-                part = relation[0][:, :, tile.start : tile.start + tile.rows] * self.head_dim**-0.5
-                weights = weights * activation(part @ relation[1].transpose(-1, -2))
+                part = relation[0][:, :, tile.start : tile.start + tile.rows]
+                weights = weights * relations(part, relation[1], activation)
             return weights @ value if by_pair is None else by_pair(weights, query, key, value, tile)
 
         value = key[..., :0] if value is None else value

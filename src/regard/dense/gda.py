@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError
 from regard.kernels import accumulation_dtype, dense_attention
-from regard.layers.head_output import lambda_init
+from regard.layers.head_output import differential_lambda, lambda_init
 from regard.layers.rotary import apply_rotary, rotary_angles
 from regard.masks import Boolean, Mask
 from regard.mechanism import Layer
@@ -102,9 +102,8 @@ class GroupedDifferentialAttention(Layer):
     @property
     def lam(self) -> Tensor:
         """The weight of the noise map, a scalar in float32 at least."""
-        work = torch.promote_types(self.lambda_q1.dtype, torch.float32)
-        q1, k1, q2, k2 = (v.to(work) for v in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
-        return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
+        vectors = (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
+        return differential_lambda(*vectors, self.lambda_init)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Signal and noise queries ``(batch, noise * G | noise, length, head_dim)``, signal and noise keys ``(batch,

@@ -28,14 +28,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.cost import AttentionShape, Cost, dense_cost
 from regard.errors import OptionError, ShapeError
 from regard.kernels import accumulation_dtype, masked_softmax
-from regard.kernels.local_linear import blockwise_local_linear, local_linear_weights
+from regard.kernels.local_linear import blockwise_local_linear
 from regard.kernels.scored import Score, Tile, scored_attention
 from regard.layers.norms import srms_norm
+from regard.layers.read_outs import local_linear, local_linear_flops, local_linear_numbers, positive_start
 from regard.masks import Boolean, Causal, Mask
 from regard.mechanism import Mechanism, Request
 from regard.registry import register
@@ -67,11 +68,6 @@ def local_linear_attention(
     _check(bandwidth, solver, cg_iterations, kernel)
     dim, k_len, per_head = query.shape[-1], key.shape[2], _ridge(ridge, query)
 
-    def read(weights: Tensor, query: Tensor, key: Tensor, value: Tensor, tile: Tile) -> Tensor:
-        return local_linear_weights(weights, query, key, per_head, solver, cg_iterations) @ value
-
-    # The maps of a tile are several; with covariances each query has d^2 numbers besides.
-    per_pair = 4 + (2 * dim * dim // k_len if solver == "dense" else 0)
     return scored_attention(
         query,
         key,
@@ -79,8 +75,8 @@ def local_linear_attention(
         _score(bandwidth or math.sqrt(dim), kernel),
         masked_softmax,
         rule=_rule(causal, mask),
-        read=read,
-        per_pair=per_pair,
+        read=local_linear(per_head, solver, cg_iterations),
+        per_pair=1 + local_linear_numbers(dim, k_len, solver),
     )
 
 
@@ -146,7 +142,7 @@ class LocalLinearAttention(Mechanism):
             raise OptionError(f"ridge is positive and finite, got {ridge}; a large one approaches softmax attention.")
         self.bandwidth, self.normalize, self.solver = bandwidth, normalize, solver
         self.cg_iterations, self.kernel = cg_iterations, kernel
-        self.raw_ridge = nn.Parameter(torch.full((num_heads,), ridge + math.log(-math.expm1(-ridge))))
+        self.raw_ridge = positive_start(ridge, num_heads)
 
     def extra_repr(self) -> str:
         return f"bandwidth={self.bandwidth}, normalize={self.normalize}, solver={self.solver!r}"
@@ -176,14 +172,11 @@ class LocalLinearAttention(Mechanism):
         return out.to(query.dtype)
 
     def cost(self, shape: AttentionShape) -> Cost:
-        queries, dim = shape.batch * shape.num_heads * shape.q_len, shape.head_dim
-        # The mean key and the tilt of the weights, besides scores and values.
-        passes = 2 * 2 * queries * shape.k_len * dim
-        if self.solver == "dense":
-            solve = 2 * queries * shape.k_len * dim**2 + queries * (dim**3 // 3 + 4 * dim**2)
-        else:
-            solve = 4 * queries * shape.k_len * dim * (self.cg_iterations or 2 * dim)
-        return dense_cost(shape, extra_flops=passes + solve)
+        queries = shape.batch * shape.num_heads * shape.q_len
+        return dense_cost(
+            shape,
+            extra_flops=local_linear_flops(queries, shape.k_len, shape.head_dim, self.solver, self.cg_iterations),
+        )
 
 
 def _check(bandwidth: float | None, solver: str, cg_iterations: int | None, kernel: str) -> None:

@@ -41,7 +41,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # Queries and keys of a tile that tuning tries.
-_TILES = ((32, 512), (64, 256), (64, 1024), (128, 512), (256, 256), (256, 1024))
+_TILES = ((32, 256), (64, 256), (128, 128), (128, 256), (256, 256), (256, 512))
 
 
 @register("program")
@@ -89,12 +89,12 @@ class Program(Mechanism):
         return ", ".join([*told, f"rowwise={self.rowwise.name!r}"])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
-        call = self._call(query, key, request)
+        call = self.call(query, key, request)
         backend, tile = self._choice(query, key, value, call, self.tunes)
         return program_attention(query, key, value, call, tile=tile, backend=backend)[0]
 
     def computed_pairs(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> float | None:
-        mask = self._call(query, key, request).mask
+        mask = self.call(query, key, request).mask
         if mask is None:
             return 1.0
         return BlockLayout.of(mask, query.shape[2], key.shape[2], device=query.device).density()
@@ -105,7 +105,7 @@ class Program(Mechanism):
     def executor(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> str:
         """Which form runs a call: ``"eager"`` (the whole map), ``"tiled 64 x 512"`` (memory linear in length),
         ``"fused"`` (softmax under a mask) or ``"flex"``; and with it whether that was measured."""
-        call = self._call(query, key, self.request(query, key, value, causal))
+        call = self.call(query, key, self.request(query, key, value, causal))
         backend, tile = self._choice(query, key, value, call, measure=False)
         form = call.forms(query, key, value)[0] if backend == "auto" else backend
         size = f" {tile[0]} x {tile[1]}" if tile is not None and form == "tiled" else ""
@@ -115,7 +115,7 @@ class Program(Mechanism):
     def tune(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False) -> Record:
         """Measure the forms and tile sizes for calls like this one (with a backward pass if an input asks for a
         gradient), and keep which is fastest for all programs of this kind on this machine."""
-        call = self._call(query, key, self.request(query, key, value, causal))
+        call = self.call(query, key, self.request(query, key, value, causal))
         return self._measure(query, key, value, call)
 
     def _measure(self, query: Tensor, key: Tensor, value: Tensor, call: ProgramCall) -> Record:
@@ -162,7 +162,8 @@ class Program(Mechanism):
             mask=_name(self.mask_mod) if self.mask_mod is not None else type(call.mask).__name__,
         )
 
-    def _call(self, query: Tensor, key: Tensor, request: Request) -> ProgramCall:
+    def call(self, query: Tensor, key: Tensor, request: Request) -> ProgramCall:
+        """What a call computes, its functions fitted to these sizes."""
         sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         offset = key.shape[2] - query.shape[2] if self.align == "end" else 0
         rule = request.visible

@@ -45,15 +45,16 @@ class LayerTrace:
     queries_seen: int = 0
     _asking: Weights | None = field(default=None, repr=False)
 
-    def weight_rows(self, rows: int = 256) -> Iterator[tuple[int, Tensor]]:
-        """The weights, so many queries at a time: ``(first query, (batch, num_heads, rows, k_len))``, never all of them
-        at once for softmax attention. Only while the layer runs: in the ``summarize`` of :class:`capture`."""
+    def weight_rows(self, rows: int = 256, first: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """The weights from query ``first`` on, so many queries at a time: ``(the first of them, (batch, num_heads,
+        rows, k_len))``, never all of them at once for softmax attention. Only while the layer runs: in the
+        ``summarize`` of :class:`capture`."""
         if self._asking is None:
             raise OptionError(
                 f"The call of {self.path} is over, and its weights are gone. Read weight_rows() inside "
                 "capture(model, weights=False, summarize=...)."
             )
-        for start in range(0, self.queries_seen, rows):
+        for start in range(first, self.queries_seen, rows):
             with torch.no_grad():
                 found = self._asking(slice(start, start + rows))
             if found is None:

@@ -70,6 +70,7 @@ class Elementwise:
             except Exception as error:
                 # A function may run on tensors and not under vmap (an in-place operation): it is taken as it is.
                 meant, failure = None, error
+            wide: Tensor | None
             try:
                 wide = self.function(*tensors)
                 shape = torch.broadcast_shapes(*(t.shape for t in tensors))

@@ -33,9 +33,11 @@ from regard.masks import Mask, MaskMod
 __all__ = ["FORMS", "ProgramCall", "program_attention"]
 
 FORMS = ("eager", "tiled", "fused", "flex")
-# Numbers of a map that is kept whole without a thought, and of a tile's row of blocks.
-_SMALL, _TILE = 1 << 20, 1 << 21
-_BLOCK_K = 512
+# Numbers of a map that is kept whole without a thought, and of a row of tiles, which the backward pass holds at once.
+_SMALL, _ROW = 1 << 20, 1 << 23
+_BLOCK = 256
+# Keys up to which neighbouring blocks of a given layout go in one product.
+_RUN = 512
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class ProgramCall:
 def tile_sizes(query: Tensor, key: Tensor) -> tuple[int, int]:
     """Queries and keys of a tile where nothing was measured."""
     k_len = key.shape[2]
-    rows = max(_TILE // max(query.shape[0] * query.shape[1] * k_len, 1), 16)
-    return min(rows, query.shape[2]), min(_BLOCK_K, k_len)
+    rows = _ROW // max(query.shape[0] * query.shape[1] * k_len, 1)
+    return min(max(rows, 16), _BLOCK, query.shape[2]), min(_BLOCK, k_len)
 
 
 def program_attention(
@@ -127,9 +129,10 @@ def program_attention(
     if form == "eager":
         layout = layout and _whole(layout)
         block_q, block_k = q_len, k_len
+    most = max(_RUN // layout.block_k, 1) if layout is not None else 1
     if layout is None:
         layout = BlockLayout.of(call.mask, q_len, k_len, min(block_q, q_len), min(block_k, k_len), query.device)
-    return _tiled(query, key, value, call, layout)
+    return _tiled(query, key, value, call, layout, most)
 
 
 def _whole(layout: BlockLayout) -> BlockLayout:
@@ -140,7 +143,7 @@ def _whole(layout: BlockLayout) -> BlockLayout:
 # Which tiles are computed depends on the mask's values: no graph.
 @torch.compiler.disable
 def _tiled(
-    query: Tensor, key: Tensor, value: Tensor, call: ProgramCall, layout: BlockLayout
+    query: Tensor, key: Tensor, value: Tensor, call: ProgramCall, layout: BlockLayout, most: int
 ) -> tuple[Tensor, State | None]:
     heads, work = query.shape[1], accumulation_dtype(query.dtype)
     query_, key_, value_ = (
@@ -159,8 +162,8 @@ def _tiled(
                 for some, shape in ((batches, (-1, 1, 1, 1)), (members, (1, -1, 1, 1)))
             )
             parts = []
-            for row, blocks in enumerate(_needed(layout, batches[0], members[0])):
-                tile = _Tile(call, layout, rule, row, blocks, (lanes[0], lanes[1]))
+            for row, runs in enumerate(_needed(layout, batches[0], members[0], most)):
+                tile = _Tile(call, layout, rule, row, runs, (lanes[0], lanes[1]))
                 # One row of tiles is the whole map, which there is no point in computing again.
                 if torch.is_grad_enabled() and layout.visit.shape[2] > 1:
                     parts.append(checkpoint(tile, q, k, v, use_reentrant=False))
@@ -187,13 +190,18 @@ def _alike(layout: BlockLayout, axis: int, size: int, batch: int = 0) -> list[li
     return list(groups.values())
 
 
-def _needed(layout: BlockLayout, batch: int, head: int) -> list[list[tuple[int, bool]]]:
-    """For each row of blocks those that are computed, and whether all pairs of one are seen."""
+def _needed(layout: BlockLayout, batch: int, head: int, most: int) -> list[list[tuple[int, int, bool]]]:
+    """For each row of blocks runs of up to ``most`` that are computed, from the first to before the last, and whether
+    all of their pairs are seen."""
     visit, full = (t[batch if len(t) > 1 else 0, head if t.shape[1] > 1 else 0] for t in (layout.visit, layout.full))
-    rows: list[list[tuple[int, bool]]] = [[] for _ in range(len(visit))]
+    rows: list[list[tuple[int, int, bool]]] = [[] for _ in range(len(visit))]
     places = visit.nonzero()
     for (row, block), certain in zip(places.tolist(), full[places[:, 0], places[:, 1]].tolist(), strict=True):
-        rows[row].append((block, certain))
+        first, stop, same = rows[row][-1] if rows[row] else (0, 0, False)
+        if rows[row] and stop == block and same == certain and stop - first < most:
+            rows[row][-1] = (first, block + 1, certain)
+        else:
+            rows[row].append((block, block + 1, certain))
     return rows
 
 
@@ -225,7 +233,7 @@ class _Tile:
     layout: BlockLayout
     rule: MaskMod
     row: int
-    blocks: list[tuple[int, bool]]
+    runs: list[tuple[int, int, bool]]
     lanes: tuple[Tensor, Tensor]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, State]:
@@ -233,9 +241,9 @@ class _Tile:
         part = query[:, :, start : start + self.layout.block_q]
         q_idx = torch.arange(start, start + part.shape[2], device=query.device).view(1, 1, -1, 1)
         out, state = None, None
-        for block, certain in self.blocks:
-            span = slice(block * self.layout.block_k, (block + 1) * self.layout.block_k)
-            weights, new = self._weights(part, key[:, :, span], q_idx, block, certain)
+        for first, stop, certain in self.runs:
+            span = slice(first * self.layout.block_k, stop * self.layout.block_k)
+            weights, new = self._weights(part, key[:, :, span], q_idx, span.start, certain)
             added = weights @ value[:, :, span]
             if out is None or state is None:
                 out, state = added, new
@@ -250,21 +258,20 @@ class _Tile:
             out = weights @ value[:, :, :1]
         return self.call.rowwise.finished(out, state), state
 
-    def _weights(self, query: Tensor, key: Tensor, q_idx: Tensor, block: int, certain: bool) -> tuple[Tensor, State]:
-        scores, first = query @ key.transpose(-1, -2), block * self.layout.block_k
+    def _weights(self, query: Tensor, key: Tensor, q_idx: Tensor, first: int, certain: bool) -> tuple[Tensor, State]:
+        scores = query @ key.transpose(-1, -2)
         kv_idx = torch.arange(first, first + key.shape[2], device=query.device).view(1, 1, 1, -1)
         if self.call.score_mod is not None:
             scores = self.call.score_mod(scores, *self.lanes, q_idx + self.call.offset, kv_idx)
-        seen = torch.ones((), dtype=torch.bool, device=query.device)
-        if not certain:
-            mask = self.layout.mask
-            # A rule that knows no sequences or heads is asked once for all of them.
-            batch, head = (
-                lane if size > 1 else lane.new_zeros(1, 1, 1, 1)
-                for lane, size in zip(self.lanes, (mask.batch, mask.heads), strict=True)
-            )
-            seen = self.rule(batch, head, q_idx, kv_idx)
-        return self.call.rowwise.reduce(scores, seen)
+        if certain:
+            return self.call.rowwise.block(scores, torch.ones((), dtype=torch.bool, device=query.device))
+        mask = self.layout.mask
+        # A rule that knows no sequences or heads is asked once for all of them.
+        batch, head = (
+            lane if size > 1 else lane.new_zeros(1, 1, 1, 1)
+            for lane, size in zip(self.lanes, (mask.batch, mask.heads), strict=True)
+        )
+        return self.call.rowwise.reduce(scores, self.rule(batch, head, q_idx, kv_idx))
 
 
 @cache

@@ -8,12 +8,32 @@ does not see is zeroed afterwards.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["laplace", "relu2"]
+from regard.errors import UnknownNameError
+
+__all__ = ["ACTIVATIONS", "activation", "laplace", "relu2"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "arctan": torch.arctan,
+}
+"""Functions of one number by name, of relations and affinities."""
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """A function by name; UnknownNameError shows the names."""
+    if name not in ACTIVATIONS:
+        raise UnknownNameError("function", name, ACTIVATIONS, f"There are: {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
 
 
 def laplace(x: Tensor, mu: float = math.sqrt(1 / 2), sigma: float = math.sqrt(1 / (4 * math.pi))) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regard.errors import OptionError
 from regard.kernels.shapes import accumulation_dtype
 
-__all__ = ["HeadGate", "HeadNorm", "lambda_init"]
+__all__ = ["HeadGate", "HeadNorm", "differential_lambda", "lambda_init"]
 
 
 def lambda_init(layer: int) -> float:
@@ -21,6 +21,14 @@ def lambda_init(layer: int) -> float:
     Ye et al., "Differential Transformer", 2024, arXiv 2410.05258.
     """
     return 0.8 - 0.6 * math.exp(-0.3 * (layer - 1))
+
+
+def differential_lambda(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, begin: float) -> Tensor:
+    """``exp(q1 . k1) - exp(q2 . k2) + begin``: the learned weight of a map that is subtracted, a scalar in float32 at
+    least. Ye et al., 2024, section 2.1."""
+    work = torch.promote_types(q1.dtype, torch.float32)
+    q1, k1, q2, k2 = (v.to(work) for v in (q1, k1, q2, k2))
+    return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + begin
 
 
 class HeadNorm(nn.RMSNorm):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-__all__ = ["Mlp"]
+__all__ = ["GatedMlp", "Mlp"]
 
 
 class Mlp(nn.Sequential):
@@ -16,3 +17,20 @@ class Mlp(nn.Sequential):
         if dropout:
             layers = [*layers[:2], nn.Dropout(dropout), layers[2], nn.Dropout(dropout)]
         super().__init__(*layers)
+
+
+class GatedMlp(nn.Module):
+    """``W_down (silu(W_gate x) * W_up x)``, as in Llama: ``(..., embed_dim)`` in and out.
+
+    Shazeer, "GLU Variants Improve Transformer", 2020, arXiv 2002.05202, equation 6 (SwiGLU, without biases).
+    """
+
+    def __init__(self, embed_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(embed_dim, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, embed_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape in and out."""
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out

@@ -16,14 +16,17 @@ from regard.errors import OptionError, ShapeError
 __all__ = ["head_conv", "identity_head_kernel", "identity_kernel", "key_query_conv", "scale_map"]
 
 
-def identity_kernel(num_heads: int, q_kernel: int, k_kernel: int) -> Tensor:
-    """The kernel ``(num_heads, q_kernel, k_kernel)`` that leaves a map as it is: one at the current query, no shift."""
+def identity_kernel(num_heads: int, q_kernel: int, k_kernel: int, later: int = 0) -> Tensor:
+    """The kernel ``(num_heads, q_kernel, k_kernel)`` that leaves a map as it is: one at the current query, no shift.
+
+    later: how many of the queries that it spans come after the current one.
+    """
     if q_kernel < 1 or k_kernel < 1 or k_kernel % 2 == 0:
         raise OptionError(
             f"q_kernel is at least 1 and k_kernel odd, as keys are taken from both sides; got {q_kernel}, {k_kernel}."
         )
     kernel = torch.zeros(num_heads, q_kernel, k_kernel)
-    kernel[:, -1, k_kernel // 2] = 1
+    kernel[:, q_kernel - 1 - later, k_kernel // 2] = 1
     return kernel
 
 
@@ -34,13 +37,21 @@ def identity_head_kernel(num_heads: int, group: int) -> Tensor:
     return torch.eye(group).repeat(num_heads // group, 1, 1)
 
 
-def key_query_conv(scores: Tensor, kernel: Tensor, visible: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-    """``S'_ij = sum over a, b of w[c_q - 1 - a, b + (c_k - 1) / 2] S_{i - a, j + b}``, each head with its own kernel.
+def key_query_conv(
+    scores: Tensor,
+    kernel: Tensor,
+    visible: Tensor | None = None,
+    rows: Tensor | None = None,
+    later: int = 0,
+) -> Tensor:
+    """``S'_ij = sum over a, b of w[c_q - 1 - later - a, b + (c_k - 1) / 2] S_{i - a, j + b}``, each head with its own
+    kernel.
 
-    scores ``(batch, heads, q_len, k_len)``; kernel ``(heads, c_q, c_k)``, ``0 <= a < c_q``, ``|b| <= (c_k - 1) / 2``.
+    scores ``(batch, heads, q_len, k_len)``; kernel ``(heads, c_q, c_k)``, ``-later <= a < c_q - later``, ``|b| <=
+    (c_k - 1) / 2``. later: queries after the current one that count; none in the paper, and none in a causal map.
     visible: boolean, broadcastable to the scores; what is not visible counts as zero before, and is zero after, so that
     a causal map stays causal: a key to the right of ``j`` enters only from a query that sees it. rows: boolean
-    ``(batch | 1, heads | 1, q_len, q_len)``, whether a query takes from an earlier one (itself always); with packed
+    ``(batch | 1, heads | 1, q_len, q_len)``, whether a query takes from another one (itself always); with packed
     documents or padding the mask of self-attention itself, so that no query takes from another document.
     """
     heads, c_q, c_k = kernel.shape if kernel.dim() == 3 else (0, 0, 0)
@@ -52,16 +63,19 @@ def key_query_conv(scores: Tensor, kernel: Tensor, visible: Tensor | None = None
     q_len, kernel = scores.shape[2], kernel.to(scores.dtype)
     inside = scores if visible is None else scores.masked_fill(~visible, 0)
     if rows is None:
-        padded = F.pad(inside, (c_k // 2, c_k // 2, c_q - 1, 0))
+        padded = F.pad(inside, (c_k // 2, c_k // 2, c_q - 1 - later, later))
         out = F.conv2d(padded, kernel[:, None], groups=heads)
     else:
         out = torch.zeros_like(inside)
-        for back in range(min(c_q, q_len)):
-            line = kernel[:, None, c_q - 1 - back : c_q - back]
-            part = F.conv2d(inside[:, :, : q_len - back], line, padding=(0, c_k // 2), groups=heads)
+        for back in range(max(-later, 1 - q_len), min(c_q - later, q_len)):
+            taken_from = slice(0, q_len - back) if back >= 0 else slice(-back, None)
+            place = c_q - 1 - later - back
+            part = F.conv2d(
+                inside[:, :, taken_from], kernel[:, None, place : place + 1], padding=(0, c_k // 2), groups=heads
+            )
             if back:
-                taken = rows.diagonal(-back, -2, -1)[..., None]
-                part = F.pad(part.masked_fill(~taken, 0), (0, 0, back, 0))
+                part = part.masked_fill(~rows.diagonal(-back, -2, -1)[..., None], 0)
+                part = F.pad(part, (0, 0, back, 0) if back > 0 else (0, 0, 0, -back))
             out = out + part
     return out if visible is None else out.masked_fill(~visible, 0)
 

@@ -18,13 +18,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.cache import DynamicCache
 from regard.errors import OptionError, ShapeError
 from regard.kernels import dense_attention
 from regard.layers.maps import merge_heads
+from regard.layers.mlp import GatedMlp
 from regard.layers.rotary import apply_rotary, rotary_angles
 from regard.masks import Boolean
 
@@ -63,19 +63,6 @@ def previous_features(features: Tensor, first: Tensor | None = None) -> Tensor:
     return torch.cat((head, features[:, :-1]), 1)
 
 
-class _MLP(nn.Module):
-    """``W_down (silu(W_gate x) * W_up x)``."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.gate, self.up = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
-        return out
-
-
 class _Projections(nn.Module):
     """Queries of one sequence, keys and values of another (or the same), and the way back."""
 
@@ -91,7 +78,7 @@ class _Projections(nn.Module):
 class _SelfLayer(nn.Module):
     def __init__(self, dim: int, num_heads: int, hidden: int, norm: bool) -> None:
         super().__init__()
-        self.attention, self.mlp = _Projections(dim, num_heads), _MLP(dim, hidden)
+        self.attention, self.mlp = _Projections(dim, num_heads), GatedMlp(dim, hidden)
         self.before: nn.Module = nn.RMSNorm(dim, eps=1e-6) if norm else nn.Identity()
         self.between = nn.RMSNorm(dim, eps=1e-6)
 
@@ -107,7 +94,7 @@ class _SelfLayer(nn.Module):
 class _CrossLayer(nn.Module):
     def __init__(self, dim: int, num_heads: int, hidden: int) -> None:
         super().__init__()
-        self.attention, self.mlp = _Projections(dim, num_heads), _MLP(dim, hidden)
+        self.attention, self.mlp = _Projections(dim, num_heads), GatedMlp(dim, hidden)
         self.query_norm, self.key_norm = (nn.RMSNorm(dim // num_heads, eps=1e-6) for _ in range(2))
         self.before, self.between = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
         self.attention_gate, self.mlp_gate = (nn.Parameter(torch.zeros(1)) for _ in range(2))

@@ -75,7 +75,7 @@ class SequenceModel(nn.Module):
             attention = make_attention(name, embed_dim, num_heads, **keywords)
             self._unnamed.append(_unnamed(name, attention, causal))
             self.blocks.append(TransformerBlock(embed_dim, attention, mlp_ratio))
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm: nn.Module = nn.LayerNorm(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes)
 
     def forward(self, x: Tensor, *, mask: Mask | None = None) -> Tensor:

@@ -30,9 +30,9 @@ class TransformerBlock(nn.Module):
         layer_scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(embed_dim)
+        self.attention_norm: nn.Module = nn.LayerNorm(embed_dim)
         self.attention = attention
-        self.mlp_norm = nn.LayerNorm(embed_dim)
+        self.mlp_norm: nn.Module = nn.LayerNorm(embed_dim)
         self.mlp = Mlp(embed_dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
         self.attention_scale, self.mlp_scale = (
@@ -41,7 +41,14 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, **call: Any) -> Tensor:
         """``(batch, length, embed_dim)`` in and out; keywords go to the attention (causal, mask, grid)."""
-        x = x + self._branch(self.attention(self.attention_norm(x), **call), self.attention_scale)
+        return self.feed_forward(self.attend(x, **call))
+
+    def attend(self, x: Tensor, **call: Any) -> Tensor:
+        """The first half: ``x + attention(norm(x))``."""
+        return x + self._branch(self.attention(self.attention_norm(x), **call), self.attention_scale)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half: ``x + mlp(norm(x))``."""
         return x + self._branch(self.mlp(self.mlp_norm(x)), self.mlp_scale)
 
     def _branch(self, x: Tensor, scale: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """One file a paper: the smallest honest experiment of its claim, ``run(report) -> Finding``.
 
-``regard reproduce KEY`` runs it and keeps the result as ``reproductions/KEY.json``.
+``regard reproduce KEY`` runs it and keeps the result as ``reproductions/KEY.json``, with its picture beside it where
+the finding has plots.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from regard.catalogue import evidence_folder
-from regard.errors import RegardError
+from regard.errors import MissingExtraError, RegardError
 from regard.registry import describe
-from regard.reproduce.finding import Finding
+from regard.reproduce.finding import Finding, Plot
 
-__all__ = ["Finding", "reproduce"]
+__all__ = ["Finding", "Plot", "reproduce"]
 
 
 def reproduce(key: str, report: Callable[[str], None] = print, folder: Path | None = None) -> dict[str, Any]:
@@ -46,9 +47,35 @@ def reproduce(key: str, report: Callable[[str], None] = print, folder: Path | No
         "seconds": round(time.perf_counter() - began, 1),
         "date": datetime.date.today().isoformat(),
     }
+    if found.plots:
+        result["plots"] = [plot.content() for plot in found.plots]
     target = (folder or evidence_folder()) / f"{key}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".json.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(_text(result), encoding="utf-8")
     partial.replace(target)
+    # A picture of an earlier run shows figures that are no longer kept.
+    target.with_suffix(".png").unlink(missing_ok=True)
+    if found.plots:
+        _draw(found.plots, f"{key}: {entry.title}", target.with_suffix(".png"), report)
     return result
+
+
+def _text(result: dict[str, Any]) -> str:
+    """As JSON that a person reads; a plot takes one line, since its points one by one would bury the rest."""
+    text = json.dumps({name: value for name, value in result.items() if name != "plots"}, indent=2)
+    if "plots" in result:
+        plots = ",\n    ".join(json.dumps(plot) for plot in result["plots"])
+        text = f'{text.removesuffix("}").rstrip()},\n  "plots": [\n    {plots}\n  ]\n}}'
+    return text + "\n"
+
+
+def _draw(plots: list[Plot], title: str, file: Path, report: Callable[[str], None]) -> None:
+    """Without matplotlib the result stands as it is, and the person learns how to get its picture."""
+    from regard.bench.evidence_picture import save_picture
+
+    try:
+        save_picture(plots, file, title)
+        report(f"drew {file}")
+    except MissingExtraError as error:
+        report(f"No picture was drawn. {error}")
