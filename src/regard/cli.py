@@ -626,7 +626,7 @@ def language_command(
         head, rows = language_rows(result)
         shown = Table(box=None, header_style="bold", pad_edge=False)
         for column in head:
-            shown.add_column(column, justify="left" if column == head[0] else "right")
+            shown.add_column(column, justify="left" if column == head[0] else "right", no_wrap=column == head[0])
         for row in rows:
             shown.add_row(*row)
         console.print(shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -37,7 +38,7 @@ def draw_plots(plots: Sequence[Plot], title: str = "") -> Figure:
     for panel in panels[len(plots) :]:
         panel.set_axis_off()
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(textwrap.fill(title, 58 * columns), fontsize=10)
     return figure
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from regard.bench.tasks import IGNORED, Classification
 from regard.errors import OptionError
+from regard.inspect.needles import draw_needles
 
-__all__ = ["NEEDLES", "Passkey", "needle"]
+__all__ = ["NEEDLES", "NeedleCopy", "Passkey", "needle"]
 
 
 class Passkey(Classification):
@@ -74,3 +75,21 @@ def needle(style: str, length: int = 2048, **options: int | float | None) -> Pas
     if style not in NEEDLES:
         raise OptionError(f"There is no needle {style!r}; choose one of {', '.join(NEEDLES)}.")
     return Passkey(length, **{**NEEDLES[style], **options})  # type: ignore[arg-type]
+
+
+class NeedleCopy(Classification):
+    """Writing out a needle, token by token, that stands anywhere in a context
+    (:func:`regard.inspect.needles.draw_needles`). Inputs ``(batch, context_len + needle_len - 1)``: a prompt and the
+    answer up to its last token. Targets: the answer, from the question on, ignored before.
+    """
+
+    def __init__(self, context_len: int = 48, needle_len: int = 8, vocab_size: int = 64) -> None:
+        self.context_len, self.needle_len, self.vocab_size = context_len, needle_len, vocab_size
+        self.num_classes = vocab_size
+
+    def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
+        """``size`` prompts with their answers."""
+        prompts, start = draw_needles(size, self.context_len, None, self.needle_len, self.vocab_size, generator)
+        answers = prompts.gather(1, start[:, None] + torch.arange(self.needle_len))
+        inputs = torch.cat((prompts, answers[:, :-1]), 1)
+        return inputs, torch.cat((torch.full_like(prompts[:, 1:], IGNORED), answers), 1)

@@ -21,7 +21,6 @@ __all__ = ["MARKER", "Needle", "NeedleTask", "TextNeedle", "draw_needles", "need
 MARKER = 0
 """The symbol that stands before the needle, and at the very end as the question."""
 
-_NAMES = ("Anna", "Brown", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "James", "Laura", "Martin")
 _WORDS = (
     "apple",
     "bread",
@@ -147,8 +146,8 @@ def text_needle_task(
 ) -> NeedleTask:
     """Sentences hidden in ``haystack`` (over and over, where it is shorter), where a sentence or line of it ends.
 
-    tokenizer: of transformers. context_len: tokens of the prompt. needles: taken in turn; by default names with five
-    random words each.
+    tokenizer: of transformers. context_len: tokens of the prompt. needles: taken in turn; by default random words, in
+    turn as the signature of a function and as a sentence (every length and depth before the next form).
     """
     straw = list(tokenizer(haystack, add_special_tokens=False)["input_ids"])
     if not straw:
@@ -161,7 +160,7 @@ def text_needle_task(
 
     def draw(index: int) -> Needle:
         length, share = places[index % len(places)]
-        hidden = needles[index % len(needles)] if needles else _random(seed * 1_000_003 + index)
+        hidden = needles[index % len(needles)] if needles else _random(seed * 1_000_003 + index, code=index // len(places) % 2 == 0)
         begin, answer, end = piece(hidden.begin), piece(hidden.answer), piece(hidden.end)
         asked = begin if hidden.question is None else piece(hidden.question)
         room = length - len(start) - len(begin) - len(answer) - len(end) - len(asked)
@@ -190,8 +189,9 @@ def _grid(context_len: int | Sequence[int], depth: float | Sequence[float]) -> l
     return list(product(lengths, depths))
 
 
-def _random(seed: int) -> TextNeedle:
+def _random(seed: int, code: bool) -> TextNeedle:
     generator = torch.Generator().manual_seed(seed)
-    name = _NAMES[int(torch.randint(len(_NAMES), (1,), generator=generator))]
-    chosen = torch.randperm(len(_WORDS), generator=generator)[:5].tolist()
-    return TextNeedle(f"\nThe secret words of {name} are", "".join(f" {_WORDS[word]}" for word in chosen))
+    first, second, *words = [_WORDS[at] for at in torch.randperm(len(_WORDS), generator=generator)[:7].tolist()]
+    if code:
+        return TextNeedle(f"\n    def {first}_{second}(", f"self, {', '.join(words[:4])}", end="):\n        pass\n")
+    return TextNeedle(f"\nThe secret words of {first.title()} {second.title()} are", "".join(f" {w}" for w in words))

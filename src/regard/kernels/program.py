@@ -25,6 +25,7 @@ from regard.kernels.backends import resolve
 from regard.kernels.block_sparse import block_sparse_attention
 from regard.kernels.dense import dense_attention
 from regard.kernels.elementwise import Elementwise
+from regard.kernels.lanes import Lanes, by_lanes, needed
 from regard.kernels.rowwise import Rowwise, State
 from regard.kernels.shapes import accumulation_dtype, expand_groups, score_scale
 from regard.layout import BlockLayout
@@ -152,77 +153,26 @@ def _tiled(
         expand_groups(value, heads).to(work),
     )
     rule = layout.mask.mod(layout.q_len, layout.k_len)
-    by_batch, order = [], []
-    for batches in _alike(layout, 0, query.shape[0]):
-        by_head, head_order = [], []
-        for members in _alike(layout, 1, heads, batches[0]):
-            q, k, v = (_take(_take(t, 0, batches), 1, members) for t in (query_, key_, value_))
-            lanes = tuple(
-                torch.tensor(some, device=query.device).view(shape)
-                for some, shape in ((batches, (-1, 1, 1, 1)), (members, (1, -1, 1, 1)))
-            )
-            parts = []
-            for row, runs in enumerate(_needed(layout, batches[0], members[0], most)):
-                tile = _Tile(call, layout, rule, row, runs, (lanes[0], lanes[1]))
-                # One row of tiles is the whole map, which there is no point in computing again.
-                if torch.is_grad_enabled() and layout.visit.shape[2] > 1:
-                    parts.append(checkpoint(tile, q, k, v, use_reentrant=False))
-                else:
-                    parts.append(tile(q, k, v))
-            by_head.append([torch.cat(some, 2) for some in _columns(parts)])
-            head_order += members
-        by_batch.append(_together(by_head, 1, head_order))
-        order += batches
-    out, *state = _together(by_batch, 0, order)
+
+    def run(lanes: Lanes) -> list[Tensor]:
+        q, k, v = (lanes.of(t) for t in (query_, key_, value_))
+        parts = []
+        for row, runs in enumerate(needed(layout, lanes, most)):
+            tile = _Tile(call, layout, rule, row, runs, lanes.index)
+            # One row of tiles is the whole map, which there is no point in computing again.
+            if torch.is_grad_enabled() and layout.visit.shape[2] > 1:
+                parts.append(checkpoint(tile, q, k, v, use_reentrant=False))
+            else:
+                parts.append(tile(q, k, v))
+        return [torch.cat(some, 2) for some in _columns(parts)]
+
+    out, *state = by_lanes(layout, query.shape[0], heads, query.device, run)
     return out.to(query.dtype), tuple(state)
-
-
-def _alike(layout: BlockLayout, axis: int, size: int, batch: int = 0) -> list[list[int]]:
-    """Sequences (axis 0), or heads of one sequence (axis 1), in groups that need the same blocks."""
-    kinds = torch.stack((layout.visit, layout.full), -1)
-    if axis:
-        kinds = kinds[batch if len(kinds) > 1 else 0]
-    if len(kinds) == 1:
-        return [list(range(size))]
-    groups: dict[bytes, list[int]] = {}
-    for member, picture in enumerate(kinds.flatten(1).cpu().numpy()):
-        groups.setdefault(picture.tobytes(), []).append(member)
-    return list(groups.values())
-
-
-def _needed(layout: BlockLayout, batch: int, head: int, most: int) -> list[list[tuple[int, int, bool]]]:
-    """For each row of blocks runs of up to ``most`` that are computed, from the first to before the last, and whether
-    all of their pairs are seen."""
-    visit, full = (t[batch if len(t) > 1 else 0, head if t.shape[1] > 1 else 0] for t in (layout.visit, layout.full))
-    rows: list[list[tuple[int, int, bool]]] = [[] for _ in range(len(visit))]
-    places = visit.nonzero()
-    for (row, block), certain in zip(places.tolist(), full[places[:, 0], places[:, 1]].tolist(), strict=True):
-        first, stop, same = rows[row][-1] if rows[row] else (0, 0, False)
-        if rows[row] and stop == block and same == certain and stop - first < most:
-            rows[row][-1] = (first, block + 1, certain)
-        else:
-            rows[row].append((block, block + 1, certain))
-    return rows
-
-
-def _take(tensor: Tensor, dim: int, members: list[int]) -> Tensor:
-    """These members of an axis; neighbours without a copy."""
-    if members == list(range(members[0], members[-1] + 1)):
-        return tensor.narrow(dim, members[0], len(members))
-    return tensor.index_select(dim, torch.tensor(members, device=tensor.device))
 
 
 def _columns(parts: list[tuple[Tensor, State]]) -> list[tuple[Tensor, ...]]:
     """Outputs side by side, and each tensor of the states."""
     return list(zip(*((out, *state) for out, state in parts), strict=True))
-
-
-def _together(groups: list[list[Tensor]], dim: int, order: list[int]) -> list[Tensor]:
-    """Groups of sequences or heads back in one tensor, in their own order."""
-    if len(groups) == 1:
-        return groups[0]
-    back = torch.tensor(order, device=groups[0][0].device).argsort()
-    return [torch.cat(some, dim).index_select(dim, back) for some in zip(*groups, strict=True)]
 
 
 @dataclass(frozen=True)
