@@ -10,17 +10,22 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Report, Row
+import torch
+
+from benchmarks.rows import Report, Row, peak_growth, resident, run_alone
 from regard.bench.subjects import read_text
+from regard.inspect.capture import capture
 from regard.inspect.exploration import explore_text
 from regard.inspect.explore_page import render_explore
 from regard.inspect.loading import load_text_model
+from regard.inspect.metrics import summarize_heads
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Before anything of the page: errors are noted, and what is measured goes back to where the page came from.
@@ -73,6 +78,45 @@ addEventListener("load", async () => {
 
 def run(report: Report, quick: bool) -> list[Row]:
     """nano on the longest held-out module; 256 tokens and no targets when quick."""
+    return [_capture(report, quick), *_page(report, quick)]
+
+
+def _capture(report: Report, quick: bool) -> Row:
+    """What watching all heads of a larger model holds at most, its own forward pass and weights included."""
+    length = 512 if quick else 4096
+    report(f"capture of 12 layers of 12 heads, {length} tokens")
+    peak = int(run_alone("benchmarks.explore", str(length)))
+    note = "metrics and best keys of every head, the model's forward pass included"
+    return Row(f"capture, 12 layers of 12 heads, {length} tokens", peak / 1e9, "GB", 2.0, "<=", note)
+
+
+def peak(length: int) -> int:
+    """Bytes resident at most, beyond what Python and torch take, while a model of GPT-2's size is watched."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def watch(tokens: int) -> None:
+        ids = torch.arange(tokens)[None] % 50000
+        with (
+            torch.no_grad(),
+            capture(
+                model,
+                weights=False,
+                values=False,
+                head_outputs=False,
+                hidden_states=False,
+                summarize=summarize_heads(top=16, rows=128),
+            ),
+        ):
+            model.transformer(input_ids=ids)
+
+    before = resident()
+    model = GPT2LMHeadModel(GPT2Config(n_positions=length)).eval()
+    watch(64)
+    held = resident()
+    return peak_growth(lambda: watch(length)) + held - before
+
+
+def _page(report: Report, quick: bool) -> list[Row]:
     browser = next((found for name in _BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         return [Row("explore.html", None, note=f"no browser here ({', '.join(_BROWSERS)})")]
@@ -118,7 +162,6 @@ def run(report: Report, quick: bool) -> list[Row]:
 def _bertviz(report: Report, browser: str, model: Any, tokenizer: Any, text: str, quick: bool) -> list[Row]:
     if importlib.util.find_spec("bertviz") is None or "BERTVIZ_SCRIPTS" not in os.environ:
         return [Row("BertViz", None, note="not installed, or no BERTVIZ_SCRIPTS")]
-    import torch
     from bertviz import head_view, model_view
 
     rows = []
@@ -195,3 +238,7 @@ def _script(path: str) -> bytes:
     folder, name = os.environ.get("BERTVIZ_SCRIPTS"), path.strip("/").removesuffix(".js") + ".js"
     wanted = None if folder is None else Path(folder) / name
     return wanted.read_bytes() if wanted is not None and wanted.is_file() else b""
+
+
+if __name__ == "__main__":
+    print(peak(int(sys.argv[1])))

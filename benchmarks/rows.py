@@ -15,7 +15,7 @@ from torch import Tensor
 
 from regard.bench.measure import median_ratio
 
-__all__ = ["Report", "Row", "Times", "gradients", "inputs", "peak_growth", "ratio", "run_alone"]
+__all__ = ["Report", "Row", "Times", "gradients", "inputs", "peak_growth", "ratio", "resident", "run_alone"]
 
 Report = Callable[[str], None]
 Times = dict[str, list[float]]
@@ -77,12 +77,17 @@ def run_alone(module: str, *arguments: str, memory: Literal["given back", "kept"
 
 def peak_growth(call: Callable[[], object]) -> int:
     """Bytes that a call holds at most beyond what is resident before it."""
-    before = _status("VmRSS")
+    before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     held = call()
     peak = _status("VmHWM")
     del held
     return peak - before
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return _status("VmRSS")
 
 
 def _status(name: str) -> int:
