@@ -2,12 +2,13 @@
 
 These are the variants whose score is a function of one query and one key. The form that runs by default (tiles of
 queries that the backward pass computes again, or the fused softmax kernel) stands against the form that keeps whole
-maps, at three lengths, each point in a process of its own.
+maps, at three lengths, each form in a process of its own.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -89,31 +90,33 @@ VARIANTS: dict[str, Variant] = {
 def run(report: Report, quick: bool) -> list[Row]:
     """Growth of the peak with a doubling of the length: 2 is linear, 4 is quadratic; less where a tile, which has one
     size at every length, is most of it."""
-    lengths = (256, 512, 1024) if quick else (1024, 2048, 4096)
+    lengths = (256, 384, 576) if quick else (1024, 1536, 2304)
     known = {entry.key for entry in regard.catalogue() if entry.module is not None}
     names = [name for name, variant in VARIANTS.items() if variant.name in known]
     rows = []
     for name in names[::6] if quick else names:
         report(f"memory of {name}: {', '.join(map(str, lengths))} tokens")
-        peaks = {form: [_peaks(name, form, length) for length in lengths] for form in FORMS}
+        peaks = {form: _peaks(name, form, lengths) for form in FORMS}
         for index, what in enumerate(("forward", "forward + backward")):
             default, plain = ([point[index] for point in peaks[form]] for form in FORMS)
             note = (
                 f"{_mebibytes(default)} at {', '.join(map(str, lengths))} tokens; whole maps {_mebibytes(plain)}, "
-                f"x {_growth(plain):.2f} per doubling"
+                f"x {_growth(plain, lengths):.2f} per doubling"
             )
-            rows.append(Row(f"memory of {name}, {what}", _growth(default), "per doubling", 2.2, "<=", note))
+            rows.append(Row(f"memory of {name}, {what}", _growth(default, lengths), "per doubling", 2.2, "<=", note))
     return rows
 
 
-def _peaks(name: str, form: str, length: int) -> tuple[int, int]:
-    forward, both = run_alone("benchmarks.dense_memory", name, form, str(length)).split()
-    return int(forward), int(both)
+def _peaks(name: str, form: str, lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Forward, and forward and backward, at each length."""
+    numbers = iter(map(int, run_alone("benchmarks.dense_memory", name, form, *map(str, lengths)).split()))
+    return list(zip(numbers, numbers, strict=True))
 
 
-def _growth(peaks: list[int]) -> float:
-    """Of a doubling, the mean of both."""
-    return float((peaks[2] / max(peaks[0], 1)) ** 0.5)
+def _growth(peaks: list[int], lengths: tuple[int, ...]) -> float:
+    """With a doubling, from the first length to the last."""
+    doublings = math.log2(lengths[-1] / lengths[0])
+    return float((peaks[-1] / max(peaks[0], 1)) ** (1 / doublings))
 
 
 def _mebibytes(peaks: list[int]) -> str:
@@ -157,4 +160,4 @@ def _both(module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]
 
 
 if __name__ == "__main__":
-    print(*peak(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    print(*(number for length in sys.argv[3:] for number in peak(sys.argv[1], sys.argv[2], int(length))))
