@@ -218,11 +218,12 @@ def inspect_command(
 
     if text is not None and image is not None:
         raise OptionError("Give --text or --image, one of the two.")
+    name = Path(model).name
     with console.status("loading") as status:
         if image is not None:
             vision, processor = load_vision_model(model)
             pixels, picture = load_image(image, processor)
-            found = explore_image(vision, pixels, picture, name=model, ablate=ablate_tokens > 0, progress=status.update)
+            found = explore_image(vision, pixels, picture, name=name, ablate=ablate_tokens > 0, progress=status.update)
         else:
             from regard.bench.subjects import read_text
 
@@ -232,7 +233,7 @@ def inspect_command(
                 network,
                 tokenizer,
                 given,
-                name=model,
+                name=name,
                 max_tokens=max_tokens,
                 ablate_tokens=ablate_tokens,
                 progress=status.update,

@@ -70,6 +70,7 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "program": {"softmax_one": {"rowwise": "softmax_one"}},
     "flex_attention": {},
+    "attention_engine": {},
 }
 """Options of names that are plain attention by default, or nothing else."""
 

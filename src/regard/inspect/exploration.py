@@ -29,6 +29,7 @@ MAP_SIDE = 160
 """Rows and columns of a head's reduced map."""
 # Bytes of the keys and weights that the page keeps, over all heads.
 _BUDGET = 24 << 20
+_SHORT = 256
 
 Progress = Callable[[str], None]
 
@@ -173,12 +174,11 @@ def _grid(count: int, ratio: float) -> tuple[tuple[int, int], int]:
 def _look(
     model: nn.Module, run: Callable[[], Tensor], name: str, tokens: list[str] | None, causal: bool
 ) -> tuple[Exploration, Tensor]:
-    budget = _BUDGET
-
     def summarize(layer: LayerTrace) -> tuple[HeadSummary, Tensor] | None:
         queries = layer.queries_seen
-        # Keys and weights take five bytes before compression; every head gets as many keys.
-        top = max(4, min(24, budget // (3 * queries * max(expected, 1))))
+        # All keys of a short input, and of a long one as many as the budget allows; a key and its weight are 3 bytes.
+        most = queries if queries <= _SHORT else 24
+        top = max(4, min(most, _BUDGET // (3 * queries * max(expected, 1))))
         summary, picture = HeadSummary(queries, top=min(top, queries)), None
         side = min(MAP_SIDE, queries)
         for start, weights in layer.weight_rows(128):
