@@ -29,8 +29,6 @@ from regard.bench.attention_rank import (
 from regard.bench.training import evaluate, fit
 from regard.errors import OptionError, ShapeError
 
-paper = pytest.mark.paper("attention_rank")
-
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -40,7 +38,7 @@ def sphere(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=generator(seed), dtype=torch.float64), dim=-1)
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 @pytest.mark.parametrize("variant", ["uniform", "orthogonal", "doubled"])
 def test_the_label_is_the_nearest_point(variant: str) -> None:
     points, queries, labels = nearest_point_task(6, 4, 3, variant).draw(50, generator())  # type: ignore[arg-type]
@@ -57,7 +55,7 @@ def test_the_label_is_the_nearest_point(variant: str) -> None:
         assert torch.equal(points[:, :4], -points[:, 4:])
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 def test_points_that_ask_themselves_want_the_farthest() -> None:
     task = nearest_point_task(5, 6)
     points, queries, labels = task.draw(40, generator())
@@ -68,7 +66,7 @@ def test_points_that_ask_themselves_want_the_farthest() -> None:
     assert torch.equal(inputs, points) and torch.equal(targets, labels)
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 @pytest.mark.parametrize("num_points", [2, 16, 256])
 def test_one_head_of_full_rank_solves_it(num_points: int) -> None:
     """Hard: exactly, for any number of points. Soft: the better the sharper."""
@@ -100,7 +98,7 @@ def chance(dim: int, cosine: float, tied: bool) -> float:
     return right
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 @pytest.mark.parametrize("dim", [4, 32])
 def test_a_tied_random_head_is_right_as_often_as_the_formula_says(dim: int) -> None:
     for cosine in (0.15, 0.8):
@@ -120,7 +118,7 @@ def agreement(query: Tensor, key: Tensor, drawings: int = 200_000) -> tuple[Tens
     return 0.5 + (picks.T @ picks) / (2 * drawings), 0.5 + (right @ picks) / (2 * drawings)
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 @pytest.mark.parametrize("dim", [2, 3, 8])
 def test_kernel_and_target_against_drawings(dim: int) -> None:
     query, key = sphere(12, dim, seed=1), sphere(12, dim, seed=2)
@@ -130,7 +128,7 @@ def test_kernel_and_target_against_drawings(dim: int) -> None:
     torch.testing.assert_close(target_correlation(query, key), target, atol=0.006, rtol=0)
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 def test_target_in_two_dimensions_has_a_closed_form() -> None:
     angle = torch.linspace(0, math.pi, 9, dtype=torch.float64)
     query = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(9, -1)
@@ -140,7 +138,7 @@ def test_target_in_two_dimensions_has_a_closed_form() -> None:
     torch.testing.assert_close(target_correlation(query, key), expected, atol=2e-4, rtol=0)
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 @pytest.mark.parametrize("pairs", ["independent", "tied", "spread"])
 def test_optimal_weights_leave_the_error_that_is_measured(pairs: str) -> None:
     module = optimally_weighted_rank1(4, 48, pairs=pairs)  # type: ignore[arg-type]
@@ -163,7 +161,7 @@ def test_optimal_weights_leave_the_error_that_is_measured(pairs: str) -> None:
     assert error < even
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 def test_equally_spaced_heads_in_the_plane_do_better_than_random_ones() -> None:
     module = equally_spaced_2d(8)
     angles = torch.atan2(module.query[:, 0, 1], module.query[:, 0, 0]).detach()
@@ -177,7 +175,7 @@ def test_equally_spaced_heads_in_the_plane_do_better_than_random_ones() -> None:
     assert spaced < sum(drawn) / len(drawn)
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 def test_the_usual_parameterisation_is_a_setting() -> None:
     """rank = dim / heads gives what torch's own multi-head attention gives, without biases."""
     theirs = nn.MultiheadAttention(12, 3, bias=False, batch_first=True).double()
@@ -192,7 +190,7 @@ def test_the_usual_parameterisation_is_a_setting() -> None:
     torch.testing.assert_close(ours(points), theirs(points, points, points, need_weights=False)[0])
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 def test_initialisation_and_tied_rows() -> None:
     module = FreeRankAttention(16, 4, 8)
     for parameter, bound in ((module.query, 6 / 20), (module.key, 6 / 20), (module.value, 6 / (9 * 16))):
@@ -205,7 +203,7 @@ def test_initialisation_and_tied_rows() -> None:
     torch.testing.assert_close(tied(points, queries), expected)
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 def test_the_best_average_of_low_rank_heads_gets_worse_with_the_dimension() -> None:
     """Measured at 8 d heads; and by the theory for endlessly many, ``1 - b^2 / E C``."""
     measured = [rank_head_tradeoff([d], [1], [8 * d], samples=4096)[0].average for d in (4, 8, 16, 32)]
@@ -219,7 +217,7 @@ def test_the_best_average_of_low_rank_heads_gets_worse_with_the_dimension() -> N
         assert limit - 0.02 < found < limit + 0.05
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 def test_more_rank_helps_and_full_rank_is_exact() -> None:
     rows = rank_head_tradeoff([8], [1, 4, 8, 16], [16], readout=True, samples=1024)
     assert [row.rank for row in rows] == [1, 4, 8], "no head has more rank than there are dimensions"
@@ -228,7 +226,7 @@ def test_more_rank_helps_and_full_rank_is_exact() -> None:
     assert all(row.readout is not None and row.readout < row.average + 0.01 for row in rows)
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 def test_a_majority_needs_a_second_layer_and_then_few_points_are_easy() -> None:
     """Votes of one more layer beat any scaled average of the same heads; with many points they hardly do."""
     two, many = (rank_head_tradeoff([8], [1], [512], num_points=n, samples=1024)[0] for n in (2, 16))
@@ -244,7 +242,7 @@ def test_a_majority_needs_a_second_layer_and_then_few_points_are_easy() -> None:
             assert torch.equal(voted[row, asked], points[row, counts.index(max(counts))])
 
 
-@paper
+@pytest.mark.paper("attention_rank")
 def test_both_models_learn_by_the_small_trainer() -> None:
     task = nearest_point_task(4, 3)
     for module in (FreeRankAttention(4, 4, 1), LowRankEncoder(4, 1, 4, hidden=16)):

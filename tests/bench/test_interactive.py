@@ -11,14 +11,12 @@ from torch import Tensor
 from regard.bench.interactive import NoisyBlobs, foreground_iou, noc_at_iou, simulate_clicks
 from regard.errors import OptionError, ShapeError
 
-PAPER = pytest.mark.paper("probabilistic_attention")
-
 
 def maps(seed: int, count: int = 12) -> Tensor:
     return torch.randint(2, (count, 9, 11), generator=torch.Generator().manual_seed(seed))
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_clicks_go_into_the_middle_of_the_largest_error() -> None:
     target = maps(0)
     prediction = torch.where(torch.rand(target.shape, generator=torch.Generator().manual_seed(1)) < 0.3, 0, target)
@@ -42,7 +40,7 @@ def test_clicks_go_into_the_middle_of_the_largest_error() -> None:
     assert labels[0, 0] == 1
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_first_clicks_random_clicks_and_none() -> None:
     target = torch.zeros(2, 5, 5, dtype=torch.long)
     target[0, 1:4, 1:4] = 1
@@ -57,7 +55,7 @@ def test_first_clicks_random_clicks_and_none() -> None:
     assert seen == {(row, column) for row in (1, 2, 3) for column in (1, 2, 3)}
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_measures() -> None:
     target = torch.tensor([[[1, 1], [0, 0]], [[0, 0], [0, 0]]])
     prediction = torch.tensor([[[1, 0], [1, 0]], [[0, 0], [0, 0]]])
@@ -66,7 +64,7 @@ def test_measures() -> None:
     assert noc_at_iou(ious, 0.8).tolist() == [2, 1, 3]
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_three_quarters_of_the_pixels_are_on_their_side() -> None:
     inputs, targets = NoisyBlobs().batch(256, torch.Generator().manual_seed(0))
     side = (inputs.sum(1).flatten(1) > 0).long()
@@ -75,7 +73,7 @@ def test_three_quarters_of_the_pixels_are_on_their_side() -> None:
     assert float(inputs.var(0).mean()) == pytest.approx(1.1, abs=0.1)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_wrong_calls_are_explained() -> None:
     with pytest.raises(OptionError, match="strategy"):
         simulate_clicks(maps(0), strategy="nearest")  # type: ignore[arg-type]

@@ -25,7 +25,6 @@ from regard.errors import OptionError, ShapeError, UnsupportedMaskError, Unsuppo
 from regard.kernels import scored, use_backend
 from regard.masks import KeyPadding
 
-PAPER = pytest.mark.paper("probabilistic_attention")
 DIM = 4
 
 
@@ -57,7 +56,7 @@ def responsibilities(q: Tensor, k: Tensor, alpha: Tensor, pi: Tensor, start: Ten
     return w / w.sum(1, keepdim=True)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_magnitude_prior_gives_dot_product_attention(causal: bool) -> None:
     query, key, value = qkv()
@@ -70,7 +69,7 @@ def test_the_magnitude_prior_gives_dot_product_attention(causal: bool) -> None:
     assert (probabilistic_attention(query, key, value, causal=causal) - expected).abs().max() > 0.01
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_weights_are_the_responsibilities_of_the_mixture() -> None:
     """Precisions by key, a prior for each pair and initial values, against densities pair by pair."""
     query, key, value = qkv(5)
@@ -84,7 +83,7 @@ def test_weights_are_the_responsibilities_of_the_mixture() -> None:
             torch.testing.assert_close(out[b, h], w @ value[b, h], atol=1e-12, rtol=0)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_initial_values_under_the_magnitude_prior() -> None:
     query, key, value = qkv()
     start, beta = draw(2, 2, 7, 3, seed=8), 0.7
@@ -99,7 +98,7 @@ def mixture(key: Tensor, pi: Tensor, alpha: float) -> MixtureSameFamily:
     return MixtureSameFamily(Categorical(probs=pi), means)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
 def test_em_of_the_keys_never_lowers_the_likelihood(alpha: float) -> None:
     query, key, _ = qkv(12)
@@ -120,7 +119,7 @@ def test_em_of_the_keys_never_lowers_the_likelihood(alpha: float) -> None:
         assert steps[0].min() > 0.1
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_a_step_of_the_keys_is_the_weighted_mean_with_its_prior() -> None:
     query, key, value = qkv(5)
     alpha, c = draw(1, 2, 5, seed=5).exp(), draw(1, 2, 5, seed=6).exp()
@@ -143,7 +142,7 @@ def test_a_step_of_the_keys_is_the_weighted_mean_with_its_prior() -> None:
                 torch.testing.assert_close(out[b, h], w @ v, atol=1e-11, rtol=0)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_strong_priors_and_missing_annotations_change_nothing() -> None:
     query, key, value = qkv()
     assert torch.equal(adapt_keys(query, key, iters=3, key_prior_precision=math.inf), key)
@@ -165,7 +164,7 @@ def test_strong_priors_and_missing_annotations_change_nothing() -> None:
         assert torch.equal(out, plain)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_an_annotated_unit_moves_its_value_toward_the_label() -> None:
     """All responsibility on one unit: the update in closed form, and the others stay."""
     key = 10 * torch.eye(6, DIM + 2, dtype=torch.float64)[None, None]
@@ -193,7 +192,7 @@ def test_an_annotated_unit_moves_its_value_toward_the_label() -> None:
     torch.testing.assert_close(without_prior[0, 0, 2], label, atol=1e-12, rtol=0)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_an_annotation_raises_the_iou_of_its_neighbours() -> None:
     """Pixels of a blob that look alike: one label on one of them turns the others, and not the background."""
     target = torch.zeros(1, 8, 8, dtype=torch.long)
@@ -220,7 +219,7 @@ def test_an_annotation_raises_the_iou_of_its_neighbours() -> None:
     assert ious[1] > 0.9
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_distances_ignore_a_translation_and_dot_products_do_not() -> None:
     query, key, value = qkv()
     shift = draw(DIM, seed=4)
@@ -253,7 +252,7 @@ def positions(length: int, seed: int = 20) -> PairPositions:
     return PairPositions(*(draw(length, length, dim, seed=seed + n) for n, dim in enumerate((DIM, DIM, 3))))
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_relative_positions_meet_queries_keys_and_values() -> None:
     query, key, value = qkv(5)
     r, alpha = positions(5), 0.6
@@ -273,7 +272,7 @@ def test_relative_positions_meet_queries_keys_and_values() -> None:
             torch.testing.assert_close(out[b, h, i], expected, atol=1e-12, rtol=0)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_known_values_are_compared_without_their_position() -> None:
     """What an annotated place says of a unit is its label less the offset that the unit's value would get there."""
     query, key, value = qkv(5, heads=1)
@@ -307,7 +306,7 @@ def test_known_values_are_compared_without_their_position() -> None:
     torch.testing.assert_close(out[:, 0], expected, atol=1e-11, rtol=0)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_initial_values_are_weighed_against_propagated_ones() -> None:
     """With initial values, responsibilities follow the values that the annotations moved."""
     query, key, value = qkv(5, heads=1)
@@ -341,7 +340,7 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_memory_is_linear_in_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of the keys, a step of the values and reading, forward and backward, hold a tile's map and no more."""
     monkeypatch.setattr(scored, "_TILE", 1 << 12)
@@ -358,7 +357,7 @@ def test_memory_is_linear_in_length(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest.numel <= 1 << 12
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_tiles_give_the_numbers_of_the_whole_map() -> None:
     options = {
         "alpha": draw(1, 2, 9, seed=5).exp(),
@@ -383,7 +382,7 @@ def test_tiles_give_the_numbers_of_the_whole_map() -> None:
         torch.testing.assert_close(tiled, whole, atol=1e-10, rtol=0)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_adaptation_is_differentiable() -> None:
     parts = [part[:1, :1].clone().requires_grad_() for part in qkv(4)]
     label, where = draw(1, 1, 4, 3, seed=3), torch.tensor([[[True, False, False, True]]])
@@ -405,7 +404,7 @@ def test_adaptation_is_differentiable() -> None:
     assert torch.autograd.gradcheck(attend, parts)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_masked_units_and_tokens_have_no_part() -> None:
     query, key, value = qkv()
     real = torch.ones(2, 7, dtype=torch.bool)
@@ -423,7 +422,7 @@ def test_masked_units_and_tokens_have_no_part() -> None:
     )
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_the_mechanism_adapts_at_inference_alone() -> None:
     query, key, value = qkv()
     made = ProbabilisticAttention(key_iters=2)
@@ -439,7 +438,7 @@ def test_the_mechanism_adapts_at_inference_alone() -> None:
     torch.testing.assert_close(narrow, probabilistic_attention(query, key, value, 2.0))
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_the_layer_projects_adapts_and_learns_precisions() -> None:
     torch.manual_seed(0)
     made = ProbabilisticSelfAttention(8, 2, key_iters=1, value_iters=1, value_prior_precision=0.5).double()
@@ -476,7 +475,7 @@ def test_the_layer_projects_adapts_and_learns_precisions() -> None:
         assert grads and all(g is not None and g.abs().max() > 0 for g in grads)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_the_axial_feature_attends_within_rows_and_then_columns() -> None:
     """With the magnitude prior it is axial attention with relative positions, written out place by place."""
     torch.manual_seed(0)
@@ -500,7 +499,7 @@ def test_the_axial_feature_attends_within_rows_and_then_columns() -> None:
     torch.testing.assert_close(made(x)[0], maps.permute(2, 0, 1), atol=1e-12, rtol=0)
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_the_axial_feature_adapts_and_takes_annotations() -> None:
     torch.manual_seed(0)
     made = AxialProbabilisticAttention2d(6, 2, max_size=5, key_iters=1, value_iters=1).double()
@@ -519,7 +518,7 @@ def test_the_axial_feature_adapts_and_takes_annotations() -> None:
         made(draw(1, 6, 3, 6))
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_calls_that_make_no_sense_are_explained() -> None:
     query, key, value = qkv()
     where = torch.zeros(2, 2, 7, dtype=torch.bool)

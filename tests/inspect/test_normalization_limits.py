@@ -26,14 +26,12 @@ from regard.inspect.normalization_limits import (
 from regard.models.sequence import SequenceModel
 from regard.reproduce.normalization_limits import needle, slope
 
-paper = pytest.mark.paper("normalization_limits")
-
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 @pytest.mark.parametrize("length", [10, 100, 1000, 10000])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_softmax_stays_within_the_bounds(length: int, temperature: float) -> None:
@@ -49,14 +47,14 @@ def test_softmax_stays_within_the_bounds(length: int, temperature: float) -> Non
     assert top <= high and (length < 1000 or top > 0.6 * min(high, 1))
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 def test_any_positive_function_of_the_logit_vanishes_as_one_over_length() -> None:
     for function in (F.softplus, torch.sigmoid, lambda x: 1 + x.square()):
         largest = {n: float(normalise(needle(n, 4), function)[:, 0].mean()) for n in (512, 2048, 8192)}
         assert slope(largest) == pytest.approx(-1, abs=0.1)
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 def test_scalable_softmax_keeps_the_needle_and_softmax_loses_it() -> None:
     lengths = (512, 2048, 8192)
     found = {k: {n: float(normalise(needle(n), k)[:, 0].mean()) for n in lengths} for k in KINDS}
@@ -67,7 +65,7 @@ def test_scalable_softmax_keeps_the_needle_and_softmax_loses_it() -> None:
     assert found["uniform"][512] == pytest.approx(1 / 512)
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_sum_to_one_and_shift_where_they_should(kind: str) -> None:
     logits = 3 * normal(6, 40)
@@ -82,7 +80,7 @@ def test_weights_sum_to_one_and_shift_where_they_should(kind: str) -> None:
     assert bool((weights == 0).any()) == (kind in ("sparsemax", "entmax15", "self_adjusted"))
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 def test_the_length_aware_kind_takes_its_length_and_learns_its_scale() -> None:
     logits = normal(3, 9)
     scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
@@ -95,7 +93,7 @@ def test_the_length_aware_kind_takes_its_length_and_learns_its_scale() -> None:
     torch.testing.assert_close(normalise(logits, "scalable_softmax"), normalise(logits, "scalable_softmax", length=9))
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 def test_self_adjusted_softmax_is_its_formula() -> None:
     for logits in (normal(50), normal(50) + 9, normal(50) - 9):
         x = logits.tolist()
@@ -121,7 +119,7 @@ def looped(x: Tensor, alpha: Tensor, top_n: int, weighted: bool) -> tuple[list[f
     return away, sum(near) / top_n
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 @pytest.mark.parametrize("top_n", [1, 4, 10])
 def test_distances_and_separability_against_loops(top_n: int) -> None:
     x, alpha = normal(2, 3, 11, 5), normalise(2 * normal(2, 3, 11))
@@ -136,7 +134,7 @@ def test_distances_and_separability_against_loops(top_n: int) -> None:
     assert float(found[1, 1]) == pytest.approx(looped(x[1, 1], alpha[1, 1], top_n, True)[1])
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 @pytest.mark.parametrize("kind", ["uniform", "softmax"])
 def test_expected_distance_against_monte_carlo(kind: str) -> None:
     """The mean over 8000 drawings of the tokens, within 3 percent, and the closed form of uniform weights."""
@@ -151,7 +149,7 @@ def test_expected_distance_against_monte_carlo(kind: str) -> None:
             assert float(expected) == pytest.approx(1.3**2 * dim * (top_n + 1) / length**2)
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 def test_critical_number_is_where_the_loop_stops() -> None:
     x, alpha = normal(5, 30, 4), normalise(2 * normal(5, 30))
     for tol in (1.5, 3.0, 6.0):
@@ -173,7 +171,7 @@ def jacobian(alpha: Tensor, temperature: float) -> Tensor:
     return (torch.diag_embed(alpha) - alpha[..., :, None] * alpha[..., None, :]) / temperature
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 4.0])
 def test_jacobian_norms_against_the_matrix_and_their_bounds(temperature: float) -> None:
     for sharpness in (0.1, 1, 10, 300):
@@ -191,7 +189,7 @@ def test_jacobian_norms_against_the_matrix_and_their_bounds(temperature: float) 
         assert bool((expected["max"] <= (1 + 1e-12) / (4 * temperature)).all())
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 def test_two_equal_logits_attain_both_bounds() -> None:
     for alpha in ([0.5, 0.5], [0.5, 0.5, 0.0, 0.0]):
         weights = torch.tensor(alpha, dtype=torch.float64)
@@ -201,7 +199,7 @@ def test_two_equal_logits_attain_both_bounds() -> None:
         assert float(jacobian_norm(torch.tensor(certain, dtype=torch.float64))) == pytest.approx(0, abs=1e-12)
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 def test_small_steps_find_the_norm_and_large_ones_stay_below_the_square_root_of_two() -> None:
     logits = 2 * normal(8, 20)
     for temperature in (0.3, 1.0):
@@ -214,14 +212,14 @@ def test_small_steps_find_the_norm_and_large_ones_stay_below_the_square_root_of_
     assert float(change.max()) > 1.3, "a large step moves nearly all weight"
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 def test_sensitivity_grows_as_one_over_the_temperature_for_the_same_weights() -> None:
     logits = normal(4, 30)
     cold, warm = (finite_difference_sensitivity(t * logits, 1e-6, t, steps=300) for t in (0.1, 1.0))
     torch.testing.assert_close(cold, 10 * warm, rtol=1e-3, atol=0)
 
 
-@paper
+@pytest.mark.paper("normalization_limits")
 def test_the_report_is_what_the_captured_weights_say() -> None:
     pytest.importorskip("transformers")
     from tests.retrofit.small_models import gpt2, tokens

@@ -11,8 +11,6 @@ from torch import Tensor
 from regard.errors import OptionError, ShapeError
 from regard.models.probabilistic_attention import InteractiveSession, ProbabilisticSegmenter
 
-PAPER = pytest.mark.paper("probabilistic_attention")
-
 
 def images(count: int = 2) -> Tensor:
     return torch.randn(count, 3, 6, 7, generator=torch.Generator().manual_seed(0))
@@ -23,7 +21,7 @@ def model(**options: float) -> ProbabilisticSegmenter:
     return ProbabilisticSegmenter(3, 3, embed_dim=8, max_size=7, **options)  # type: ignore[arg-type]
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_outputs_are_probabilities_and_gradients_reach_everything() -> None:
     made = model()
     out = made.train()(images())
@@ -33,7 +31,7 @@ def test_outputs_are_probabilities_and_gradients_reach_everything() -> None:
     assert all(p.grad is not None for p in made.parameters())
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_training_adapts_nothing() -> None:
     made = model()
     plain = made.train()(images())
@@ -41,7 +39,7 @@ def test_training_adapts_nothing() -> None:
     assert (made(images()) - plain).abs().max() > 1e-4
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_a_session_keeps_and_shows_what_was_said() -> None:
     made = model()
     before = copy.deepcopy(made.state_dict())
@@ -58,7 +56,7 @@ def test_a_session_keeps_and_shows_what_was_said() -> None:
         assert torch.equal(tensor, before[name]), "the weights stay"
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_propagation_moves_other_places_toward_the_label() -> None:
     """With values alone fitted, a label raises its class at every other place, and most where pixels are alike."""
     made, x = model(key_iters=0, value_prior_precision=0.1), images(1)
@@ -71,7 +69,7 @@ def test_propagation_moves_other_places_toward_the_label() -> None:
     assert made(x, said).argmax(1)[0, 2, 3] == 1
 
 
-@PAPER
+@pytest.mark.paper("probabilistic_attention")
 def test_wrong_calls_are_explained() -> None:
     session = InteractiveSession(model(), images(1))
     session.annotate([[1, 2]], [1])
