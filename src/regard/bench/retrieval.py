@@ -79,17 +79,21 @@ def needle(style: str, length: int = 2048, **options: int | float | None) -> Pas
 
 class NeedleCopy(Classification):
     """Writing out a needle, token by token, that stands anywhere in a context
-    (:func:`regard.inspect.needles.draw_needles`). Inputs ``(batch, context_len + needle_len - 1)``: a prompt and the
-    answer up to its last token. Targets: the answer, from the question on, ignored before.
+    (:func:`regard.inspect.needles.draw_needles`). Inputs ``(batch, length + needle_len - 1)``: a prompt and the answer
+    up to its last token; in training a batch's prompts have any length up to ``context_len``. Targets: the answer, from
+    the question on, ignored before.
     """
 
-    def __init__(self, context_len: int = 48, needle_len: int = 8, vocab_size: int = 64) -> None:
+    def __init__(self, context_len: int = 40, needle_len: int = 12, vocab_size: int = 40) -> None:
         self.context_len, self.needle_len, self.vocab_size = context_len, needle_len, vocab_size
         self.num_classes = vocab_size
 
     def batch(self, size: int, generator: torch.Generator, split: str = "train") -> tuple[Tensor, Tensor]:
         """``size`` prompts with their answers."""
-        prompts, start = draw_needles(size, self.context_len, None, self.needle_len, self.vocab_size, generator)
+        length = self.context_len
+        if split == "train":
+            length = int(torch.randint(self.needle_len + 2, self.context_len + 1, (1,), generator=generator))
+        prompts, start = draw_needles(size, length, None, self.needle_len, self.vocab_size, generator)
         answers = prompts.gather(1, start[:, None] + torch.arange(self.needle_len))
         inputs = torch.cat((prompts, answers[:, :-1]), 1)
         return inputs, torch.cat((torch.full_like(prompts[:, 1:], IGNORED), answers), 1)

@@ -20,6 +20,7 @@ from regard.errors import OptionError
 from regard.inspect.capture import LayerTrace, capture
 from regard.inspect.intervene import Head, ablate_heads, intervene
 from regard.inspect.metrics import HeadSummary
+from regard.inspect.retrieval_heads import text_retrieval_scores
 from regard.inspect.roles import ROLES, head_roles
 from regard.retrofit.sites import discover
 
@@ -123,6 +124,11 @@ def explore_text(
         found.roles = roles.roles
         for role in ("previous", "duplicate", "induction"):
             found.metrics[f"{role}, repeated tokens"] = _listed(roles.scores[role])
+        progress("retrieval of lines hidden in the text")
+        retrieval = text_retrieval_scores(model, tokenizer, text)
+        # A model that finds no needle has no heads that are known to.
+        if len(retrieval.by_context):
+            found.metrics["retrieval"] = _listed(retrieval.scores)
     if ablate_tokens:
         short = tokens[:, :ablate_tokens]
         _ablate(model, partial(run, short), found, _next_token_loss(short) if causal else None, progress)

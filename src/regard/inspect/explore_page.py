@@ -31,6 +31,7 @@ METRIC_NOTES = {
     "previous, repeated tokens": "Weight on the token before, in random tokens written twice.",
     "duplicate, repeated tokens": "Weight on the same token's first place, in random tokens written twice.",
     "induction, repeated tokens": "Weight on what followed the same token, in random tokens written twice.",
+    "retrieval": "Share of a line hidden in the text that the head copies as the model repeats it.",
     "ablation": "What the model loses without the head.",
 }
 _PLACES = {"title": "__TITLE__", "data": "__DATA__", "blocks": "__BLOCKS__"}

@@ -29,6 +29,7 @@ __all__ = [
     "intervene",
     "patch_heads",
     "patch_inputs",
+    "reweigh_heads",
     "scale_heads",
     "set_attention",
     "swap_heads",
@@ -214,7 +215,7 @@ def set_attention(heads: Iterable[Head], rows: Rows, targets: Tensor) -> Edit:
     row summing to 1. Other rows and heads stay as they are, bit for bit."""
     if (targets < 0).any() or not torch.allclose(targets.sum(-1), torch.ones_like(targets.sum(-1)), atol=1e-4):
         raise OptionError("Rows of attention weights are at least 0 and sum to 1; normalise the targets.")
-    return _reweighted(heads, rows, lambda own, head, call: targets.to(own).expand_as(own))
+    return reweigh_heads(heads, rows, lambda own, head, call: targets.to(own).expand_as(own))
 
 
 def _uniform(heads: Iterable[Head]) -> Edit:
@@ -226,10 +227,10 @@ def _uniform(heads: Iterable[Head]) -> Edit:
         seen = seen[:, head if seen.shape[1] > 1 else 0].expand_as(own).to(own)
         return seen / seen.sum(-1, keepdim=True).clamp_min(1)
 
-    return _reweighted(heads, None, alike)
+    return reweigh_heads(heads, None, alike)
 
 
-def _reweighted(heads: Iterable[Head], rows: Rows, weigh: Callable[[Tensor, int, Call], Tensor]) -> Edit:
+def reweigh_heads(heads: Iterable[Head], rows: Rows, weigh: Callable[[Tensor, int, Call], Tensor]) -> Edit:
     """Heads with other weights ``weigh(own (batch, rows, k_len), head, call)`` at some rows."""
     by_layer = _by_layer(heads)
     index: slice | list[int] = slice(None) if rows is None else rows if isinstance(rows, slice) else list(rows)

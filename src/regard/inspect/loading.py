@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.errors import FileFormatError, MissingExtraError
+from regard.errors import FileFormatError, MissingExtraError, OptionError
 
-__all__ = ["load_image", "load_text_model", "load_vision_model"]
+__all__ = ["load_image", "load_text_model", "load_vision_model", "token_logits"]
 
 _TYPES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp", ".bmp": "bmp"}
 
@@ -70,6 +70,15 @@ def load_image(path: Path, processor: Any) -> tuple[Tensor, str]:
     pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
     encoded = base64.b64encode(path.read_bytes()).decode("ascii")
     return pixels, f"data:image/{_TYPES[path.suffix.lower()]};base64,{encoded}"
+
+
+def token_logits(out: Any) -> Tensor:
+    """``(batch, length, vocabulary)`` of what a language model gives: transformers' output, or the logits themselves.
+    Raises OptionError for models that give none."""
+    found = out.logits if hasattr(out, "logits") else out
+    if not isinstance(found, Tensor) or found.dim() != 3:
+        raise OptionError("The model gives no logits (batch, length, vocabulary), and this is judged by them.")
+    return found
 
 
 def _transformers(feature: str) -> Any:

@@ -160,7 +160,10 @@ def text_needle_task(
 
     def draw(index: int) -> Needle:
         length, share = places[index % len(places)]
-        hidden = needles[index % len(needles)] if needles else _random(seed * 1_000_003 + index, code=index // len(places) % 2 == 0)
+        if needles:
+            hidden = needles[index % len(needles)]
+        else:
+            hidden = _random(seed * 1_000_003 + index, code=index // len(places) % 2 == 0)
         begin, answer, end = piece(hidden.begin), piece(hidden.answer), piece(hidden.end)
         asked = begin if hidden.question is None else piece(hidden.question)
         room = length - len(start) - len(begin) - len(answer) - len(end) - len(asked)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from regard.errors import OptionError, ShapeError
 from regard.inspect.capture import LayerTrace, Trace, capture
 from regard.inspect.intervene import Head, ablate_heads, intervene
+from regard.inspect.loading import token_logits
 from regard.inspect.needles import Needle, NeedleTask, text_needle_task
 
 __all__ = [
@@ -42,6 +43,10 @@ __all__ = [
     "needle_recall",
     "text_retrieval_scores",
 ]
+
+
+# Tokens of the longest answer among the library's own needles, and some more.
+_ANSWER = 40
 
 
 class RetrievalScorer:
@@ -148,7 +153,11 @@ def text_retrieval_scores(
     recall_threshold: float = 0.5,
 ) -> RetrievalScores:
     """Scores of a causal language model of transformers on lines hidden in a text, cheaply: ``contexts`` forward passes
-    of ``context_len`` tokens and an answer, at six depths. A token of many letters is rare; more text is not read."""
+    of ``context_len`` tokens (fewer where the model takes no more) and an answer, at six depths."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int):
+        context_len = min(context_len, limit - _ANSWER)
+    # Tokens of more letters are rare, and the rest of a long text is not needed.
     task = text_needle_task(tokenizer, haystack[: 16 * context_len], context_len, [depth / 5 for depth in range(6)])
     return detect_retrieval_heads(model, task, contexts, recall_threshold, forced=True)
 
@@ -200,7 +209,7 @@ def _forced(model: nn.Module, needle: Needle) -> tuple[Rows, list[int]]:
     first, answer = len(needle.prompt) - 1, needle.answer
     ids = torch.cat((needle.prompt, answer[:-1]))[None].to(_device(model))
     with _watching(model, first) as trace:
-        logits = _logits(model(ids))
+        logits = token_logits(model(ids))
     rows = _stacked(trace, ids.shape[1])
     return list(rows.unbind(2)), logits[0, first:].argmax(-1).tolist()
 
@@ -222,7 +231,7 @@ def _decoded(model: nn.Module, needle: Needle, steps: int) -> tuple[Rows, list[i
                 cache = out.past_key_values
             else:
                 out = model(ids)
-        emitted.append(int(_logits(out)[0, -1].argmax()))
+        emitted.append(int(token_logits(out)[0, -1].argmax()))
         rows.append(_stacked(trace, ids.shape[1])[:, :, -1])
         ids = torch.cat((ids, torch.tensor([[emitted[-1]]], device=device)), 1)
     return rows, emitted
@@ -250,13 +259,6 @@ def _stacked(trace: Trace, length: int) -> Tensor:
     if len({rows.shape for rows in kept}) != 1:
         raise OptionError(f"Layers with as many heads each are scored; got {[len(rows) for rows in kept]}.")
     return torch.stack(kept)
-
-
-def _logits(out: Any) -> Tensor:
-    found = out.logits if hasattr(out, "logits") else out
-    if not isinstance(found, Tensor) or found.dim() != 3:
-        raise OptionError("The model gives no logits (batch, length, vocabulary); retrieval is judged by its words.")
-    return found
 
 
 def _device(model: nn.Module) -> torch.device:

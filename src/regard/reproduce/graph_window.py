@@ -1,0 +1,216 @@
+"""Small language models on graphs in prompts: trained through windows of several widths, asked without one."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from regard.bench.graph_tasks import MajorityColour
+from regard.bench.training import evaluate, fit
+from regard.inspect.capture import capture
+from regard.inspect.ego_tree import Perturbation, perturb_tree
+from regard.inspect.graph_window import (
+    Hops,
+    hop_profile,
+    node_text_shift,
+    received_attention,
+    skewed_line_sink,
+    structure_alignment,
+    window_schedule,
+)
+from regard.inspect.two_samples import Comparison
+from regard.models.sequence import SequenceModel
+from regard.reproduce.finding import Finding, Plot
+
+SEEDS, STEPS, BATCH, RATE, CURVE = 3, 300, 32, 2e-3, 25
+WINDOWS: tuple[Hops, ...] = (1, 2, 3, "full")
+WATCHED = 64
+
+
+def run(report: Callable[[str], None]) -> Finding:
+    """The same model, data and steps for every window; accuracy on held-out centres under the full mask."""
+    task = MajorityColour(fanout=(4, 3))
+    asked_full: dict[str, list[float]] = {_name(hops): [] for hops in WINDOWS}
+    asked_so: dict[str, list[float]] = {_name(hops): [] for hops in WINDOWS}
+    losses: dict[str, list[tuple[float, float]]] = {}
+    broken: dict[str, list[float]] = {kind: [] for kind in get_args(Perturbation)}
+    looks: dict[str, list[dict[str, Tensor]]] = {"before": [], "after": []}
+    for seed in range(SEEDS):
+        for hops in WINDOWS:
+            model = _model(task, seed)
+            if hops == "full":
+                looks["before"].append(_look(model, task))
+            schedule = window_schedule(hops)
+            task.told = lambda trees, schedule=schedule: schedule.look_at(trees, task.length)  # type: ignore[misc]
+            with schedule.on(model):
+                history = fit(model, task, steps=STEPS, batch_size=BATCH, lr=RATE, seed=seed, every=CURVE)
+                asked_full[_name(hops)].append(_accuracy(model, task))
+            asked_so[_name(hops)].append(asked_full[_name(hops)][-1])
+            if hops != "full":
+                same = window_schedule(hops, infer=hops)
+                task.told = lambda trees, same=same: same.look_at(trees, task.length)  # type: ignore[misc]
+                with same.on(model):
+                    asked_so[_name(hops)][-1] = _accuracy(model, task)
+            task.told = None
+            curve = zip(history.steps, history.loss, strict=True)
+            if seed == 0:
+                losses[_name(hops)] = [(float(step), loss) for step, loss in curve]
+            if hops == "full":
+                looks["after"].append(_look(model, task))
+                for kind, found in _broken(model, task, seed).items():
+                    broken[kind].append(found)
+            report(
+                f"seed {seed}, window {hops}: accuracy {asked_full[_name(hops)][-1]:.4f} under the full mask, "
+                f"{asked_so[_name(hops)][-1]:.4f} under its own"
+            )
+    full = {name: statistics.mean(each) for name, each in asked_full.items()}
+    between = max(full[_name(2)], full[_name(3)])
+    parts = {
+        "holds_a_middle_window_matches_or_beats_full": between >= full["full"],
+        "holds_one_hop_is_lowest": full[_name(1)] < min(full[_name(2)], full[_name(3)], full["full"]),
+        "holds_broken_links_hardly_matter": all(
+            statistics.mean(asked_full["full"]) - statistics.mean(broken[kind]) <= 0.02
+            for kind in ("swap_children", "exchange_children")
+        ),
+    }
+    measured: dict[str, Any] = {
+        "accuracy_under_the_full_mask": {name: round(value, 4) for name, value in full.items()},
+        "accuracy_under_the_full_mask_each_seed": _rounded(asked_full),
+        "accuracy_under_the_window_of_training_each_seed": _rounded(asked_so),
+        "accuracy_of_full_with_broken_links_each_seed": _rounded(broken),
+        **_seen(looks),
+        **parts,
+    }
+    return Finding(measured, all(parts.values()), NOTE, _plots(full, losses, looks))
+
+
+NOTE = ""
+
+
+def _name(hops: Hops) -> str:
+    return "full" if hops == "full" else f"{hops} hop{'s' if hops > 1 else ''}"
+
+
+def _model(task: MajorityColour, seed: int) -> SequenceModel:
+    torch.manual_seed(seed)
+    return SequenceModel(2, vocab_size=task.vocab_size, embed_dim=64, depth=2, num_heads=4)
+
+
+def _accuracy(model: SequenceModel, task: MajorityColour) -> float:
+    return evaluate(model, task, batches=12, batch_size=64)[1]
+
+
+def _broken(model: SequenceModel, task: MajorityColour, seed: int) -> dict[str, float]:
+    """Accuracy on held-out prompts whose links were broken, the answers staying what they were."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    trees = task.trees["test"]
+    answers = torch.tensor([int(task.balance(tree) > 0) for tree in trees])
+    everybody = range(len(task.colours))
+    for kind in get_args(Perturbation):
+        changed = [perturb_tree(tree, kind, generator=generator, unrelated=everybody) for tree in trees]
+        with torch.no_grad():
+            given = model.eval()(task.encode(changed))[:, -1].argmax(-1)
+        found[kind] = float((given == answers).double().mean())
+    return found
+
+
+@torch.no_grad()
+def _look(model: SequenceModel, task: MajorityColour) -> dict[str, Tensor]:
+    """What attention makes of the nodes in held-out prompts, under the full mask; each ``(layers,)`` or as named."""
+    trees = [tree for tree in task.trees["test"] if len(tree.nodes) == _largest(task)][:WATCHED]
+    with capture(model.eval(), head_outputs=False, values=False, hidden_states=False) as trace:
+        model(task.encode(trees))
+    attn = trace.stack("weights").transpose(0, 1)
+    follows, sinks, profile = [], [], []
+    for weights, tree in zip(attn, trees, strict=True):
+        places = tree.positions + task.length - len(tree.node_index)
+        block = weights[..., places[:, None], places[None]]
+        follows.append(structure_alignment(block, tree.distance == 1).auc)
+        sinks.append(skewed_line_sink(weights, places).flagged.double())
+        profile.append(hop_profile(block, tree.distance).mean(1))
+    rows = [task.length - len(tree.node_index) for tree in trees]
+    is_node = torch.zeros(len(trees), 1, task.length, dtype=torch.bool)
+    real = torch.zeros_like(is_node)
+    for at, (tree, gap) in enumerate(zip(trees, rows, strict=True)):
+        is_node[at, 0, gap:], real[at, 0, gap:] = tree.node_index >= 0, True
+    return {
+        "auc": torch.stack(follows).mean((0, 2)),
+        "lines": torch.stack(sinks).mean((0, 2)),
+        "hops": torch.stack(profile).nanmean(0),
+        "received": received_attention(attn) * real,
+        "is_node": is_node,
+    }
+
+
+def _largest(task: MajorityColour) -> int:
+    return max(len(tree.nodes) for tree in task.trees["test"])
+
+
+def _seen(looks: dict[str, list[dict[str, Tensor]]]) -> dict[str, Any]:
+    """Alignment, lines and shifts, of each seed."""
+    measured: dict[str, Any] = {}
+    for when, found in looks.items():
+        measured[f"alignment_auc_by_layer_{when}_training_each_seed"] = [_three(look["auc"]) for look in found]
+        measured[f"share_of_heads_and_prompts_with_a_line_by_layer_{when}_training_each_seed"] = [
+            _three(look["lines"]) for look in found
+        ]
+    shifts = [
+        node_text_shift(before["received"], after["received"], before["is_node"])
+        for before, after in zip(looks["before"], looks["after"], strict=True)
+    ]
+    for kind in ("node", "text"):
+        measured[f"shift_of_log10_attention_to_{kind}_tokens_each_seed"] = [
+            _comparison(getattr(shift, kind)) for shift in shifts
+        ]
+    return measured
+
+
+def _comparison(found: Comparison) -> dict[str, Any]:
+    kept = asdict(found)
+    first, second = kept.pop("means")
+    return {"moved_by": round(second - first, 3), **{name: float(f"{value:.3g}") for name, value in kept.items()}}
+
+
+def _three(values: Tensor) -> list[float]:
+    return [round(value, 3) for value in values.tolist()]
+
+
+def _rounded(values: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {name: [round(value, 4) for value in each] for name, each in values.items()}
+
+
+def _plots(
+    full: dict[str, float], losses: dict[str, list[tuple[float, float]]], looks: dict[str, list[dict[str, Tensor]]]
+) -> list[Plot]:
+    names = {name: float(at) for at, name in enumerate(full)}
+    profiles = {when: torch.stack([look["hops"] for look in found]).mean(0) for when, found in looks.items()}
+    return [
+        Plot(
+            "Held-out accuracy under the full mask",
+            "window in training",
+            "accuracy",
+            {"mean of the seeds": [(names[name], value) for name, value in full.items()]},
+            kind="bar",
+            references={"guessing": 0.5},
+            ticks=names,
+        ),
+        Plot("Training loss, one batch each", "step", "loss in nats", losses),
+        Plot(
+            "Weight between two nodes, by steps along the tree",
+            "steps between them",
+            "mean weight of a pair",
+            {
+                f"layer {layer + 1}, {when} training": [
+                    (float(hops), float(value)) for hops, value in enumerate(profile[layer])
+                ]
+                for when, profile in profiles.items()
+                for layer in range(len(profile))
+            },
+            ticks={str(hops): float(hops) for hops in range(5)},
+        ),
+    ]

@@ -1,0 +1,306 @@
+"""Path patching against models written out by hand, theorems of what cannot reach what, and the prompts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import regard
+from regard.bench.circuit_tasks import TwoLookups
+from regard.errors import OptionError, ShapeError
+from regard.inspect.circuit_prompts import (
+    ColoredObjects,
+    colored_objects_prompts,
+    encode_words,
+    ioi_prompts,
+    vocabulary,
+)
+from regard.inspect.circuit_reuse import (
+    activation_patch_heads,
+    circuit_faithfulness,
+    circuit_overlap,
+    logit_difference,
+    mean_ablate_heads,
+    path_patching,
+    set_attention,
+)
+from regard.inspect.intervene import Head
+from regard.models.attention_only import AttentionOnlyModel
+from tests.retrofit.small_models import gpt2, llama
+
+LAYERS, HEADS = 3, 4
+
+
+def prompts(batch: int = 3, length: int = 7, vocab: int = 60) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(3, vocab, (batch, length), generator=generator)
+    corrupt = clean.clone()
+    corrupt[:, 3] = (clean[:, 3] + 5) % vocab
+    answers = torch.tensor([[4, 9], [10, 5], [7, 20]])[:batch]
+    return clean, corrupt, answers
+
+
+def model() -> nn.Module:
+    return llama().double()
+
+
+def attention_only(depth: int = 2) -> AttentionOnlyModel:
+    torch.manual_seed(1)
+    found = AttentionOnlyModel(60, 60, embed_dim=16, depth=depth, num_heads=4, max_length=16).double()
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.normal_(std=0.5)
+    return found
+
+
+@pytest.mark.paper("circuit_reuse")
+@pytest.mark.parametrize("component", ["z", "q", "k", "v"])
+def test_a_prompt_patched_with_itself_has_no_effect(component: str) -> None:
+    clean, _, answers = prompts()
+    effects = path_patching(model(), [(2, 1), (1, 0)], clean, clean, answers, component)  # type: ignore[arg-type]
+    assert effects.shape == (LAYERS, HEADS) and not effects.any()
+
+
+@pytest.mark.paper("circuit_reuse")
+@pytest.mark.parametrize("component", ["z", "q", "k", "v"])
+def test_nothing_reaches_a_receiver_from_its_own_layer_or_above(component: str) -> None:
+    clean, corrupt, answers = prompts()
+    effects = path_patching(model(), [(1, 1)], clean, corrupt, answers, component, None)  # type: ignore[arg-type]
+    assert not effects[1:].any()
+    # Keys and values serve two heads each, and what enters the layer reaches all of them.
+    assert (effects[0] != 0).all()
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_a_head_that_feeds_nothing_into_the_receivers_has_no_effect() -> None:
+    clean, corrupt, answers = prompts()
+    found = model()
+    with torch.no_grad():
+        found.model.layers[0].self_attn.o_proj.weight[:, 8:16] = 0
+    for receivers in ([(2, 1)], 2, LAYERS):
+        effects = path_patching(found, receivers, clean, corrupt, answers, "v", None)  # type: ignore[arg-type]
+        assert effects[0, 1].abs() < 1e-12 and effects[0, 0].abs() > 1e-9
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_all_heads_together_are_direct_logit_attribution_without_norms() -> None:
+    found = attention_only()
+    clean, corrupt, answers = prompts()
+    with torch.no_grad():
+        effects = path_patching(found, 2, clean, corrupt, answers, freeze_mlps=True)
+        ends, parts = [], []
+        for ids in (clean, corrupt):
+            with regard.capture(found) as trace:
+                ends.append(float(logit_difference(found(ids), answers).mean()))
+            toward = found.head.weight[answers[:, 0]] - found.head.weight[answers[:, 1]]
+            rows = []
+            for layer, seen in zip(found.layers, trace, strict=True):
+                assert seen.head_outputs is not None
+                out = layer.out.weight.unflatten(1, (4, -1))
+                rows.append(torch.einsum("bhd,chd,bc->bh", seen.head_outputs[:, :, -1], out, toward).mean(0))
+            parts.append(torch.stack(rows))
+    expected = (parts[1] - parts[0]) / (ends[1] - ends[0])
+    torch.testing.assert_close(effects.double(), expected, atol=1e-5, rtol=1e-5)
+    # The last token and its place are the same in both, so that heads alone make the difference.
+    assert float(effects.sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_a_path_is_what_is_left_when_the_others_are_cut() -> None:
+    """One receiver, its queries: the second layer computed by hand from the sender's corrupt output."""
+    found = attention_only()
+    clean, corrupt, answers = prompts()
+    sender, receiver = (0, 2), (1, 1)
+    effect = path_patching(found, [receiver], clean, corrupt, answers, "q", None)[sender]
+    with torch.no_grad():
+        embed = [found.embed(ids) + found.positions(torch.arange(7)) for ids in (clean, corrupt)]
+        first, second = found.layers
+        outs = []
+        for ids in (clean, corrupt):
+            with regard.capture(found) as trace:
+                found(ids)
+            assert trace[0].head_outputs is not None
+            outs.append(trace[0].head_outputs)
+        mixed = outs[0].clone()
+        mixed[:, sender[1]] = outs[1][:, sender[1]]
+        stream = [embed[0] + first.out(z.transpose(1, 2).flatten(2)) for z in (outs[0], mixed)]
+
+        def heads(linear: nn.Module, x: Tensor) -> Tensor:
+            return linear(x).unflatten(-1, (4, -1)).transpose(1, 2)
+
+        query, key, value = (heads(linear, stream[0]) for linear in (second.query, second.key, second.value))
+        query[:, receiver[1]] = heads(second.query, stream[1])[:, receiver[1]]
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        logits = found.head(stream[0] + second.out(out.transpose(1, 2).flatten(2)))
+        own, other = (float(logit_difference(found(ids), answers).mean()) for ids in (clean, corrupt))
+        expected = (float(logit_difference(logits, answers).mean()) - own) / (other - own)
+    assert float(effect) == pytest.approx(expected, abs=1e-6) and abs(expected) > 1e-4
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_all_positions_of_every_head_of_the_last_layer_are_what_the_corrupt_run_adds() -> None:
+    found = model()
+    clean, corrupt, answers = prompts()
+    free = activation_patch_heads(found, clean, corrupt, answers)
+    # Behind the last layer nothing is left free or held: both ways are one.
+    for frozen in (True, False):
+        direct = path_patching(found, LAYERS, clean, corrupt, answers, freeze_mlps=frozen)
+        if not frozen:
+            torch.testing.assert_close(direct[2], free[2], atol=1e-6, rtol=1e-6)
+    assert (free[0] - direct[0]).abs().max() > 1e-6
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_the_residual_before_a_layer_receives_what_its_heads_do() -> None:
+    """Before the last layer all that a sender of the first can do passes through the residual stream there."""
+    clean, corrupt, answers = prompts()
+    for found in (model(), gpt2().double()):
+        depth = 3 if found.__class__.__name__.startswith("Llama") else 2
+        through = path_patching(found, depth - 1, clean, corrupt, answers, position=None)
+        assert through[: depth - 1].abs().max() > 1e-4 and not through[depth - 1 :].any()
+    # With one layer below, nothing below is held, so that patching plainly gives the same.
+    plain = activation_patch_heads(found, clean, corrupt, answers, position=None)
+    torch.testing.assert_close(through[0], plain[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_set_attention_changes_the_rows_that_it_names() -> None:
+    found, (ids, _, _) = model(), prompts()
+    targets = torch.zeros(7)
+    targets[[2, 4]] = 0.5
+    with regard.capture(found) as before:
+        found(ids)
+    with set_attention(found, [(2, 0), (2, 3)], -1, targets), regard.capture(found) as after:
+        found(ids)
+    for place in range(LAYERS):
+        old, new = before[place].weights, after[place].weights
+        assert old is not None and new is not None
+        torch.testing.assert_close(new.sum(-1), torch.ones_like(new.sum(-1)))
+        changed = torch.zeros_like(new, dtype=torch.bool)
+        if place == 2:
+            changed[:, [0, 3], -1] = True
+            torch.testing.assert_close(new[:, [0, 3], -1], targets.double().expand(3, 2, 7))
+        assert torch.equal(new[~changed], old[~changed])
+    outputs = after[2].head_outputs
+    assert outputs is not None and before[2].head_outputs is not None
+    assert torch.equal(outputs[:, :, :-1], before[2].head_outputs[:, :, :-1])
+    with pytest.raises(OptionError, match="sum to 1"):
+        set_attention(found, [(2, 0)], -1, torch.ones(7))
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_overlap() -> None:
+    first: list[Head] = [(0, 1), (1, 2), (2, 0), (2, 3)]
+    second: list[Head] = [(0, 1), (2, 0)]
+    for how in ("share", "jaccard"):
+        assert circuit_overlap(first, first, how) == 1  # type: ignore[arg-type]
+    assert circuit_overlap(first, second) == 0.5 and circuit_overlap(second, first) == 1
+    assert circuit_overlap(first, second, "jaccard") == 0.5 == circuit_overlap(second, first, "jaccard")
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_faithfulness_of_all_heads_and_of_none() -> None:
+    found, (ids, _, answers) = attention_only(), prompts()
+    whole = [(layer, head) for layer in range(2) for head in range(4)]
+    assert circuit_faithfulness(found, whole, ids, answers) == pytest.approx(1)
+    with torch.no_grad(), regard.capture(found) as trace:
+        own = logit_difference(found(ids), answers).mean()
+    with torch.no_grad():
+        # Every head at its mean over the prompts.
+        hidden = found.embed(ids) + found.positions(torch.arange(7))
+        for layer, seen in zip(found.layers, trace, strict=True):
+            assert seen.head_outputs is not None
+            hidden = hidden + layer.out(seen.head_outputs.mean(0).transpose(0, 1).flatten(1))
+        expected = logit_difference(found.head(hidden), answers).mean() / own
+    assert circuit_faithfulness(found, [], ids, answers) == pytest.approx(float(expected))
+    with mean_ablate_heads(found, [(0, 1)], ids), regard.capture(found) as after:
+        found(ids)
+    assert after[0].head_outputs is not None and trace[0].head_outputs is not None
+    torch.testing.assert_close(after[0].head_outputs[:, 1], trace[0].head_outputs[:, 1].mean(0).expand(3, -1, -1))
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_ioi_prompts() -> None:
+    for clean, corrupt in ioi_prompts(40, seed=3):
+        assert clean.words.count(clean.wrong) == 2 and clean.words.count(clean.answer) == 1
+        assert len(clean.words) == len(corrupt.words)
+        assert sum(a != b for a, b in zip(clean.words, corrupt.words, strict=True)) == 1
+        assert corrupt.words.count(clean.wrong) == 1 == corrupt.words.count(clean.answer)
+        assert clean.text.startswith("When ") and clean.text.endswith(" to") and " , " not in clean.text
+    assert ioi_prompts(5, 1) == ioi_prompts(5, 1) != ioi_prompts(5, 2)
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_colored_objects_prompts() -> None:
+    for clean, corrupt, asked in colored_objects_prompts(40, seed=2):
+        assert clean.answer != clean.wrong and clean.answer.lower() in asked.colors
+        different = [
+            place for place, pair in enumerate(zip(clean.words, corrupt.words, strict=True)) if len({*pair}) > 1
+        ]
+        assert len(different) == 1 and clean.words[different[0]] == asked.objects[asked.asked]
+        assert corrupt.words[different[0]] == asked.objects[asked.colors.index(clean.wrong.lower())]
+        # One solved example before the question.
+        assert clean.text.count("What color is the") == 2 and clean.text.endswith("\nA:")
+    bare = ColoredObjects("table", ("mug", "pen", "cup"), ("red", "orange", "green"), 1)
+    text = colored_objects_prompts(1, shots=0)[0][0].text
+    assert text.startswith("Q: On the ") and text.count("Q:") == 1
+    assert " ".join(bare.words).startswith("Q : On the table , there is a red mug , an orange pen , and a green cup .")
+    assert bare.answer == "Orange" and bare.min_pair_obj(2).answer == "Green"
+    assert bare.min_pair_color(1, "blue").answer == "Blue" and bare.min_pair_color(0, "blue").answer == "Orange"
+    assert "jug" in bare.min_pair_invalid("jug").words
+    for wrong in (
+        lambda: bare.min_pair_obj(1),
+        lambda: bare.min_pair_color(1, "red"),
+        lambda: bare.min_pair_invalid("pen"),
+        lambda: bare.min_pair_invalid("jug").answer,
+        lambda: colored_objects_prompts(1, n_objects=1),
+    ):
+        with pytest.raises(OptionError):
+            wrong()
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_words_become_numbers() -> None:
+    found = [clean for clean, _ in ioi_prompts(6)]
+    numbers = vocabulary(found)
+    ids, answers = encode_words(found, numbers)
+    back = {number: word for word, number in numbers.items()}
+    assert [tuple(back[i] for i in row) for row in ids] == [prompt.words for prompt in found]
+    assert [back[right] for right, _ in answers] == [prompt.answer for prompt in found]
+    assert sorted(numbers.values()) == list(range(len(numbers)))
+
+
+@pytest.mark.paper("circuit_reuse")
+def test_pairs_of_the_small_tasks_differ_in_one_token() -> None:
+    task = TwoLookups()
+    generator = torch.Generator().manual_seed(0)
+    for kind in ("names", "attributes"):
+        clean, corrupt, answers = task.pairs(kind, 50, generator)  # type: ignore[arg-type]
+        assert ((clean != corrupt).sum(1) == 1).all() and (answers[:, 0] != answers[:, 1]).all()
+        for row, (right, wrong) in zip(clean, answers.tolist(), strict=True):
+            found = row.tolist()
+            if kind == "names":
+                assert found.count(right) == 1 and found.count(wrong) == 2
+            else:
+                assert found[found.index(found[-1]) - 1] == right and wrong in found[:6]
+    inputs, targets = task.batch(8, generator)
+    assert inputs.shape == (8, 10) and (targets[:, :-1] < 0).all() and (targets[:, -1] >= 0).all()
+
+
+def test_what_is_wrong_is_told() -> None:
+    found, (ids, other, answers) = model(), prompts()
+    with pytest.raises(OptionError, match="component"):
+        path_patching(found, [(1, 0)], ids, other, answers, "o")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="receive"):
+        path_patching(found, [(3, 0)], ids, other, answers)
+    with pytest.raises(OptionError, match="receive"):
+        path_patching(found, 4, ids, other, answers)
+    with pytest.raises(ShapeError, match="alike"):
+        path_patching(found, 3, ids, other[:, 1:], answers)
+    with pytest.raises(ShapeError, match="answers"):
+        path_patching(found, 3, ids, other, answers[:, 0])
+    with pytest.raises(OptionError, match="circuit"):
+        circuit_overlap([], [(0, 1)])
+    with pytest.raises(OptionError, match="heads"):
+        mean_ablate_heads(found, [(0, 9)], ids)
