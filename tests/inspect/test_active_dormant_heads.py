@@ -254,6 +254,21 @@ def test_the_report_reads_any_decoder(family: str) -> None:
 
 
 @pytest.mark.paper("active_dormant_heads")
+def test_rows_that_come_in_parts_make_the_same_report() -> None:
+    small = pytest.importorskip("tests.retrofit.small_models")
+    torch.manual_seed(0)
+    # Longer than the rows that are formed at once; the window hides the sink from most queries.
+    model, tokens = small.mistral(), torch.randint(3, 61, (1, 300))
+    report = extreme_token_report(model, tokens)
+    with regard.capture(model) as trace, torch.no_grad():
+        model(tokens)
+    maps = trace.stack("weights")
+    assert bool((maps[..., 10:, 0] == 0).all())
+    assert torch.allclose(report.sink, sink_strength(maps), atol=1e-6)
+    assert torch.allclose(report.logit_gap, sink_logit_gap(maps.log()), atol=1e-4)
+
+
+@pytest.mark.paper("active_dormant_heads")
 def test_padding_is_left_out_of_a_report() -> None:
     small = pytest.importorskip("tests.retrofit.small_models")
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ from regard.inspect.circuit_reuse import (
 )
 from regard.inspect.intervene import Head
 from regard.models.attention_only import AttentionOnlyModel
+from regard.models.sequence import SequenceModel
 from tests.retrofit.small_models import gpt2, llama
 
 LAYERS, HEADS = 3, 4
@@ -107,6 +108,28 @@ def test_all_heads_together_are_direct_logit_attribution_without_norms() -> None
 
 
 @pytest.mark.paper("circuit_reuse")
+def test_frozen_mlps_leave_direct_logit_attribution() -> None:
+    """As above with MLPs, which hide what heads give directly unless they are held."""
+    torch.manual_seed(2)
+    found = SequenceModel(60, vocab_size=60, embed_dim=16, depth=2, num_heads=4).double().eval()
+    found.norm = nn.Identity()
+    clean, corrupt, answers = prompts()
+    free, frozen = (path_patching(found, 2, clean, corrupt, answers, freeze_mlps=held) for held in (False, True))
+    with torch.no_grad():
+        ends, parts = [], []
+        toward = found.head.weight[answers[:, 0]] - found.head.weight[answers[:, 1]]
+        for ids in (clean, corrupt):
+            with regard.capture(found) as trace:
+                ends.append(float(logit_difference(found(ids), answers).mean()))
+            outs = torch.stack([seen.head_outputs[:, :, -1] for seen in trace if seen.head_outputs is not None])
+            maps = torch.stack([block.attention.out.weight.unflatten(1, (4, -1)) for block in found.blocks])
+            parts.append(torch.einsum("lbhd,lchd,bc->blh", outs, maps, toward).mean(0))
+    expected = (parts[1] - parts[0]) / (ends[1] - ends[0])
+    torch.testing.assert_close(frozen.double(), expected, atol=1e-5, rtol=1e-5)
+    assert (free - frozen).abs().max() > 1e-3
+
+
+@pytest.mark.paper("circuit_reuse")
 def test_a_path_is_what_is_left_when_the_others_are_cut() -> None:
     """One receiver, its queries: the second layer computed by hand from the sender's corrupt output."""
     found = attention_only()
@@ -139,15 +162,13 @@ def test_a_path_is_what_is_left_when_the_others_are_cut() -> None:
 
 
 @pytest.mark.paper("circuit_reuse")
-def test_all_positions_of_every_head_of_the_last_layer_are_what_the_corrupt_run_adds() -> None:
+def test_heads_of_the_last_layer_act_directly() -> None:
     found = model()
     clean, corrupt, answers = prompts()
     free = activation_patch_heads(found, clean, corrupt, answers)
-    # Behind the last layer nothing is left free or held: both ways are one.
-    for frozen in (True, False):
-        direct = path_patching(found, LAYERS, clean, corrupt, answers, freeze_mlps=frozen)
-        if not frozen:
-            torch.testing.assert_close(direct[2], free[2], atol=1e-6, rtol=1e-6)
+    direct = path_patching(found, LAYERS, clean, corrupt, answers)
+    # Behind the last layer there are no heads to hold: both ways are one.
+    torch.testing.assert_close(direct[2], free[2], atol=1e-6, rtol=1e-6)
     assert (free[0] - direct[0]).abs().max() > 1e-6
 
 

@@ -293,5 +293,7 @@ def test_wrong_input_is_told() -> None:
     model = SequenceModel(11, vocab_size=11, embed_dim=16, depth=1, num_heads=2).eval()
     with pytest.raises(ShapeError, match="prompts and responses"):
         attention_rhythm(model, lambda: model(torch.zeros(2, 9, dtype=torch.int64)), torch.ones(2, 8))
+    with pytest.raises(OptionError, match="two sets"):
+        attention_rhythm(model, lambda: None, torch.ones(2, 8), heads=([(0, 0)], []))
     with pytest.raises(OptionError, match="No attention layer"):
         attention_rhythm(model, lambda: None, torch.ones(2, 8))

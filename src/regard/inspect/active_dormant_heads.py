@@ -161,34 +161,37 @@ def extreme_token_report(
     if len({tuple(row["sink"].shape) for row in found}) != 1:
         raise OptionError("The layers of this model differ in their number of heads; measure them one by one.")
     stacked = {name: torch.stack([row[name] for row in found]) for name in found[0]}
-    stacked["peak"] = torch.cat((stacked["peak"], residual_peak(leaving[-1], k, mask).view(1)))
+    stacked["peak"] = torch.cat((stacked["peak"], residual_peak(leaving[-1], k, mask).cpu().view(1)))
     return ExtremeTokenReport(tuple(trace.paths), **stacked)
 
 
 def _measure(layer: LayerTrace, k: int, rows: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
     """One layer, from rows of its weights as they come."""
-    strength, gap, counts, whole = None, None, 0, True
+    strength, gap = torch.zeros(()), torch.zeros(())
+    counts, seeing, whole = 0, torch.zeros(()), True
     for first, part in layer.weight_rows():
         past = first + part.shape[2]
         chosen = None if rows is None else rows[:, first:past]
         # Up to the last of these queries' own keys, as if the map ended here.
         here = part[..., : part.shape[-1] - layer.queries_seen + past].float()
-        counted = _counted(here, k, chosen)
-        count = int(counted.expand(len(here), -1, -1).sum())
+        counted = _counted(here, k, chosen).expand(len(here), -1, -1)
+        count = int(counted.sum())
         if count == 0:
             continue
         whole &= bool((part.sum(-1) - 1).abs().max() < 1e-2)
-        more = sink_strength(here, k, chosen) * count, sink_logit_gap(here.log(), k, chosen) * count
-        strength, gap = more if strength is None or gap is None else (strength + more[0], gap + more[1])
+        strength = strength + sink_strength(here, k, chosen).cpu() * count
         counts += count
-    if strength is None or gap is None or layer.values is None or layer.hidden_states is None:
+        # A window may hide the sink from some queries, which then have no logit for it.
+        see = (counted & (here[..., k] > 0)).sum((0, 2)).cpu()
+        gap, seeing = gap + sink_logit_gap(here.log(), k, chosen).cpu().nan_to_num() * see, seeing + see
+    if counts == 0 or layer.values is None or layer.hidden_states is None:
         raise OptionError(f"{layer.path} shows no attention weights after token {k}, so there is no sink to measure.")
     values = expand_groups(layer.values, len(strength))
     return {
         "sink": strength / counts,
-        "drain": value_drain(values, k, mask),
-        "logit_gap": gap / counts if whole else torch.full_like(gap, float("nan")),
-        "peak": residual_peak(layer.hidden_states, k, mask),
+        "drain": value_drain(values, k, mask).cpu(),
+        "logit_gap": gap / seeing if whole else torch.full_like(strength, float("nan")),
+        "peak": residual_peak(layer.hidden_states, k, mask).cpu(),
     }
 
 

@@ -101,8 +101,9 @@ class WindowSchedule:
     training mode, of ``infer`` in evaluation mode; ``"full"`` leaves the model's own attention as it is, bit for bit.
 
     Tell it the trees of the batch before the model runs, :meth:`look_at`. Outside of node pairs the model's own mask
-    holds, padding and generated tokens included, so that ``generate`` works; so does any mechanism in a layer's place
-    that takes a mask, and the model is as it was afterwards.
+    holds, padding and generated tokens included, so that ``generate`` works, and the model is as it was afterwards. A
+    mechanism that takes masks may be in a layer's place by :func:`regard.retrofit`; what a model was built with beside
+    softmax attention is answered by softmax attention where a window holds.
     """
 
     train_hops: Hops

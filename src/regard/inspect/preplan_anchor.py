@@ -157,6 +157,8 @@ def attention_rhythm(
         raise OptionError(f"window and rows are at least 1; got {window} and {rows}.")
     if response_mask.dim() != 2:
         raise ShapeError(f"response_mask is (batch, length), got {tuple(response_mask.shape)}.")
+    if heads is not None and not all(heads):
+        raise OptionError("heads are two sets, local and global ones, with a (layer, head) at least in each.")
 
     def summarize(layer: LayerTrace) -> tuple[Tensor, Tensor, Tensor]:
         spans, near, received = [], [], torch.zeros(())

@@ -4,7 +4,8 @@ Li, Xiao, Xing, Wang, Murray, Carenini, "Human Guided Exploitation of Interpreta
 and Topic Segmentation", 2022, arXiv 2112.05364. Patterns are maps ``P`` of :mod:`regard.layers.token_patterns`.
 
 - A *fixed* head has weights ``rownorm(P)``, uniform in rows where ``P`` is empty: values and output projection are
-  learnt, queries and keys are gone (``2 d d_h`` weights fewer), and ``O(nnz(P) d_h)`` of its work is left.
+  learnt, queries and keys are gone (``2 d d_h`` weights fewer). Its weights take ``O(nnz(P) d_h)`` to apply; maps are
+  dense here, so that it is ``O(N^2 d_h)``, half of what a learnt head takes.
 - A *masked* head has softmax over the keys in ``P``, over all keys in empty rows, as the released code has it for
   matching tokens and sentences.
 - An adapter adds ``W_up concat_h(A_h W_down x V_h)`` beside a model's attention, in a few narrow pattern heads
@@ -59,15 +60,19 @@ class FixedPatternHead(nn.Module):
 
     def weights(self, tokens: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights ``(batch, length, length)``, uniform in rows without a target, and those rows ``(batch, length)``."""
-        return _fixed(self.pattern(tokens, segments), self.value.weight.dtype)
+        real = None if segments is None else segments >= 0
+        return _fixed(self.pattern(tokens, segments), self.value.weight.dtype, real)
 
     def forward(self, x: Tensor, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
         return cast(Tensor, self.out(self.weights(tokens, segments)[0] @ self.value(x)))
 
 
-def _fixed(pattern: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fixed(pattern: Tensor, dtype: torch.dtype, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of the pattern over their sums, and where they are empty the same weight for every real token."""
     weights, empty = row_normalised(pattern, dtype)
-    return weights.to(dtype) + empty[..., None] / pattern.shape[-1], empty
+    spread = torch.ones_like(empty) if real is None else real
+    even = spread.to(dtype) / spread.sum(-1, keepdim=True).clamp_min(1)
+    return torch.where(empty[..., None], even[:, None], weights.to(dtype)), empty
 
 
 class PatternHeads(nn.Module):
@@ -91,13 +96,13 @@ class PatternHeads(nn.Module):
 
     def weights(self, x: Tensor, maps: Tensor, real: Tensor | None = None) -> Tensor:
         """``(batch, num_heads, length, length)``. real: ``(batch, length)``, False at padding, which learnt and masked
-        heads do not see."""
+        heads and uniform rows leave out."""
         if maps.shape != (len(x), len(self.patterns), x.shape[1], x.shape[1]):
             raise ShapeError(
                 f"maps are (batch, patterns, length, length) = {(len(x), len(self.patterns), x.shape[1], x.shape[1])} "
                 f"here, got {tuple(maps.shape)}; pattern_maps makes them."
             )
-        found: dict[int, Tensor] = {at: _fixed(maps[:, at], x.dtype)[0] for at in self.fixed}
+        found: dict[int, Tensor] = {at: _fixed(maps[:, at], x.dtype, real)[0] for at in self.fixed}
         if self.query is not None and self.key is not None:
             query, key = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.query, self.key))
             logits = query @ key.mT * self.head_dim**-0.5

@@ -135,8 +135,9 @@ NOTE = (
     "neutral ones above 0.8, and if LIME and gradient x input separate the classes by 0.2 more than attention. "
     "Steps, filling and margin were settled after trials of 300 and 800 steps on the logit of class 1 alone, which "
     "missed these marks (at 800: right signs 0.79 and 0.86, attention's sentiment from neutral 0.53). "
-    "Slopes are LIME's estimate over the formula: the paper's 3/2 is too large by just that factor while attention is even, since LIME is exact "
-    "on a linear model; the mean field, which keeps each word's part in the softmax's sum, has slope 1 there."
+    "Slopes are LIME's estimate over the formula: the paper's 3/2 is too large by just that factor while "
+    "attention is even, since LIME is exact on a linear model; the mean field, which keeps each word's part in "
+    "the softmax's sum, has slope 1 there."
 )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from regard.bench.graph_tasks import MajorityColour
 from regard.bench.training import evaluate, fit
 from regard.inspect.capture import capture
-from regard.inspect.ego_tree import Perturbation, perturb_tree
+from regard.inspect.ego_tree import EgoTree, Perturbation, perturb_tree
 from regard.inspect.graph_window import (
     Hops,
     hop_profile,
@@ -38,7 +38,7 @@ def run(report: Callable[[str], None]) -> Finding:
     asked_full: dict[str, list[float]] = {_name(hops): [] for hops in WINDOWS}
     asked_so: dict[str, list[float]] = {_name(hops): [] for hops in WINDOWS}
     losses: dict[str, list[tuple[float, float]]] = {}
-    broken: dict[str, list[float]] = {kind: [] for kind in get_args(Perturbation)}
+    broken: dict[str, list[float]] = {kind: [] for kind in ("intact", *get_args(Perturbation))}
     looks: dict[str, list[dict[str, Tensor]]] = {"before": [], "after": []}
     for seed in range(SEEDS):
         for hops in WINDOWS:
@@ -46,14 +46,14 @@ def run(report: Callable[[str], None]) -> Finding:
             if hops == "full":
                 looks["before"].append(_look(model, task))
             schedule = window_schedule(hops)
-            task.told = lambda trees, schedule=schedule: schedule.look_at(trees, task.length)  # type: ignore[misc]
+            task.told = lambda trees, schedule=schedule: schedule.look_at(trees, task.length)
             with schedule.on(model):
                 history = fit(model, task, steps=STEPS, batch_size=BATCH, lr=RATE, seed=seed, every=CURVE)
                 asked_full[_name(hops)].append(_accuracy(model, task))
             asked_so[_name(hops)].append(asked_full[_name(hops)][-1])
             if hops != "full":
                 same = window_schedule(hops, infer=hops)
-                task.told = lambda trees, same=same: same.look_at(trees, task.length)  # type: ignore[misc]
+                task.told = lambda trees, same=same: same.look_at(trees, task.length)
                 with same.on(model):
                     asked_so[_name(hops)][-1] = _accuracy(model, task)
             task.told = None
@@ -74,7 +74,7 @@ def run(report: Callable[[str], None]) -> Finding:
         "holds_a_middle_window_matches_or_beats_full": between >= full["full"],
         "holds_one_hop_is_lowest": full[_name(1)] < min(full[_name(2)], full[_name(3)], full["full"]),
         "holds_broken_links_hardly_matter": all(
-            statistics.mean(asked_full["full"]) - statistics.mean(broken[kind]) <= 0.02
+            statistics.mean(broken["intact"]) - statistics.mean(broken[kind]) <= 0.02
             for kind in ("swap_children", "exchange_children")
         ),
     }
@@ -89,7 +89,21 @@ def run(report: Callable[[str], None]) -> Finding:
     return Finding(measured, all(parts.values()), NOTE, _plots(full, losses, looks))
 
 
-NOTE = ""
+NOTE = (
+    f"Models of two layers, 64 wide, trained from scratch for {STEPS} steps of {BATCH} prompts, {SEEDS} seeds; "
+    "prompts hold trees of up to 4 neighbours with up to 3 children of each, in a random graph of 120 nodes. The "
+    "answer is the colour of most nodes two hops away, which is learned with each node's embedding; centres of "
+    "test prompts are held out. Windows are bidirectional and differ in nothing but the mask in training; full is "
+    "the ordinary causal mask. Holds if 2 or 3 hops do at least as well as full under the full mask, 1 hop does "
+    "worst, and full loses at most 2 points when children of two neighbours are swapped or exchanged. That last "
+    "part is weaker here than in the paper: these two leave the nodes two hops away the same, so that the answer "
+    "itself does not change; shuffle and unrelated do change which nodes are two hops away, and their figures are "
+    "shown without a rule. Text tokens, the answer's among them, see all nodes in every window, so that this task "
+    "can be solved without any attention between nodes; a task that needs the links, and a pretrained model that "
+    "is fine-tuned as in the paper (Llama-2-7B on text graphs), would test the claim harder. Settings after two "
+    "trials: with 4 links a node the centre alone gave the answer away; with 16, and 4 children, 500 steps of one "
+    "seed gave 0.926 with full and 0.891 with 2 hops. Children and steps were then made fewer to save time."
+)
 
 
 def _name(hops: Hops) -> str:
@@ -106,16 +120,20 @@ def _accuracy(model: SequenceModel, task: MajorityColour) -> float:
 
 
 def _broken(model: SequenceModel, task: MajorityColour, seed: int) -> dict[str, float]:
-    """Accuracy on held-out prompts whose links were broken, the answers staying what they were."""
-    generator, found = torch.Generator().manual_seed(seed), {}
+    """Accuracy on all held-out prompts, intact and with their links broken, the answers staying what they were."""
+    generator, found = torch.Generator().manual_seed(seed), dict[str, float]()
     trees = task.trees["test"]
     answers = torch.tensor([int(task.balance(tree) > 0) for tree in trees])
     everybody = range(len(task.colours))
-    for kind in get_args(Perturbation):
-        changed = [perturb_tree(tree, kind, generator=generator, unrelated=everybody) for tree in trees]
+
+    def right(asked: list[EgoTree]) -> float:
         with torch.no_grad():
-            given = model.eval()(task.encode(changed))[:, -1].argmax(-1)
-        found[kind] = float((given == answers).double().mean())
+            given = model.eval()(task.encode(asked))[:, -1].argmax(-1)
+        return float((given == answers).double().mean())
+
+    found["intact"] = right(trees)
+    for kind in get_args(Perturbation):
+        found[kind] = right([perturb_tree(tree, kind, generator=generator, unrelated=everybody) for tree in trees])
     return found
 
 

@@ -27,6 +27,8 @@ from regard.train.icl_linear_heads import train_in_context
 
 D, LENGTH, NOISE_VAR, PROMPTS = 5, 40, 0.01, 20_000
 STEPS, RATE = 3000, 1e-3
+# Random starts by number of heads.
+SEEDS = {1: 1, 2: 4, 4: 2}
 OMEGAS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 Point = tuple[float, float]
 
@@ -106,39 +108,42 @@ def estimators() -> tuple[dict[str, float], list[Point], list[Point]]:
 
 
 def run(report: Callable[[str], None]) -> Finding:
-    """Estimators, then one, two and four heads trained from random weights, then two heads on correlated x."""
+    """Estimators, then one, two and four heads trained from random weights, then four heads on correlated x."""
     measured: dict[str, Any] = {}
     errors, two, one = estimators()
     measured["error_without_training"] = errors
     report(f"errors without training: {errors}")
-    trained = {heads: Trained(heads) for heads in (1, 2, 4)}
-    for heads, model in trained.items():
-        measured[f"trained_{heads}_heads"] = model.weights()
-        report(f"{heads} heads: {measured[f'trained_{heads}_heads']}")
-    kq = kq_matrix(Trained(2, rho=0.5).model)[:, :D, :D]
-    place = torch.arange(D)
-    cov = 0.5 ** (place[:, None] - place).abs().float()
-    apart = (kq @ cov - cov @ kq).norm(dim=(1, 2)) / (kq @ cov).norm(dim=(1, 2))
-    measured["correlated_x_commutator_of_kq_with_covariance"] = [round(x, 3) for x in apart.tolist()]
-    shape = [float(torch.linalg.norm(k - k.trace() / D * torch.eye(D)) / k.norm()) for k in kq]
-    measured["correlated_x_kq_apart_from_identity"] = [round(x, 3) for x in shape]
-    learned = measured["trained_2_heads"]
+    trained = {(heads, seed): Trained(heads, seed=seed) for heads in SEEDS for seed in range(SEEDS[heads])}
+    weights = {place: model.weights() for place, model in trained.items()}
+    for (heads, seed), found in weights.items():
+        measured[f"trained_{heads}_heads_start_{seed}"] = found
+        report(f"{heads} heads, start {seed}: {found}")
+    measured["correlated_x_four_heads"] = correlated()
+    single = weights[1, 0]["test_error"]
+    pairs = [found for (heads, _), found in weights.items() if heads == 2]
+    opposed = [
+        found for found in pairs if found["omega"][0] * found["omega"][1] < 0 and found["mu"][0] * found["mu"][1] < 0
+    ]
+    fours = [found for (heads, _), found in weights.items() if heads == 4]
+    measured["starts_from_which_two_heads_reach_0.6_of_one"] = sum(f["test_error"] <= 0.6 * single for f in pairs)
     parts = {
-        "holds_two_heads_beat_one": trained[2].error() <= 0.6 * trained[1].error(),
-        "holds_mu_sum_to_zero": learned["sum_of_mu_over_largest"] < 0.05,
-        "holds_kq_diagonal": max(learned["squared_kq_mass_off_the_diagonal"]) < 0.1,
-        "holds_near_debiased_gradient_step": trained[2].error() < 1.15 * errors["debiased_gradient_step"],
+        "holds_two_heads_beat_one_from_every_start": all(f["test_error"] <= 0.6 * single for f in pairs),
+        "holds_four_heads_beat_one_from_every_start": all(f["test_error"] <= 0.6 * single for f in fours),
+        "holds_patterns_where_two_heads_oppose": bool(opposed)
+        and all(
+            f["sum_of_mu_over_largest"] < 0.05 and max(f["squared_kq_mass_off_the_diagonal"]) < 0.1 for f in opposed
+        ),
+        "holds_near_debiased_step_where_two_heads_oppose": bool(opposed)
+        and all(f["test_error"] < 1.15 * errors["debiased_gradient_step"] for f in opposed),
     }
     measured |= parts
-    curves = {f"{heads} head{'s' if heads > 1 else ''}": model.curve for heads, model in trained.items()}
+    lines = {"ridge": errors["ridge"], "debiased gradient step": errors["debiased_gradient_step"]}
+    curves = {
+        f"{heads} head{'s' if heads > 1 else ''}, start {seed}": model.curve for (heads, seed), model in trained.items()
+    }
     plots = [
         Plot(
-            "Trained from random weights",
-            "training steps",
-            "mean squared error",
-            curves,
-            log_y=True,
-            references={"ridge": errors["ridge"], "debiased gradient step": errors["debiased_gradient_step"]},
+            "Trained from random weights", "training steps", "mean squared error", curves, log_y=True, references=lines
         ),
         Plot(
             "Heads set by hand, best mu",
@@ -152,4 +157,28 @@ def run(report: Callable[[str], None]) -> Finding:
     return Finding(measured, all(parts.values()), NOTE, plots)
 
 
-NOTE = "TODO"
+def correlated(rho: float = 0.5) -> dict[str, Any]:
+    """Of the head with the largest mu, trained on x of covariance ``rho^|i-j|``: does KQ commute with the covariance,
+    and is it another matrix than a multiple of the identity."""
+    model = Trained(4, rho).model
+    head = int(ov_pattern(ov_matrix(model), D).mu[:, 0].abs().argmax())
+    kq, place = kq_matrix(model)[head, :D, :D], torch.arange(D)
+    cov = rho ** (place[:, None] - place).abs().float()
+    apart = (kq @ cov - cov @ kq).norm() / (kq @ cov).norm()
+    rest = (kq - kq.trace() / D * torch.eye(D)).norm() / kq.norm()
+    return {"commutator_of_kq_with_covariance": round(float(apart), 3), "kq_off_the_identity": round(float(rest), 3)}
+
+
+NOTE = (
+    "d = 5, 40 examples, noise of variance 0.01, Adam at 1e-3, 128 fresh prompts a step, 3000 steps from torch's "
+    "random weights (the reference trains for 100 000). Errors are on 20 000 prompts without training and 5000 after "
+    "it. Holds if two heads reach 0.6 of one head's error from each of four random starts, and four heads from both "
+    "of theirs; and if, where two heads took opposite signs, the mu sum to less than 0.05 of the largest, less than "
+    "0.1 of the squared entries of KQ lie off the diagonal, and the error is within 1.15 of the debiased step's. "
+    "Rates and bounds were set before; trials had seen these starts, and none was dropped. Two heads that start on "
+    "one side stay near the one-head solution: in a trial the first start was there after 12 000 steps still, with "
+    "one mu shrinking towards the other side, and after 4000 at a rate of 1e-2. Longer training would tell whether it "
+    "gets away; more heads make such a start unlikely. Debiasing is no gain by itself here: the plain gradient step "
+    "does as well, but softmax heads that cancel take the means out of theirs. KQ entries that multiply the "
+    "question's empty label, and rows of OV that are not read, stay as they began and are not counted."
+)

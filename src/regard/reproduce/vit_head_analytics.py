@@ -109,9 +109,8 @@ NOTE = (
     "weight each than patches three steps away in the first layer, by a larger factor than in the last. Profiles are "
     "means over all held-out images and heads of a layer. Without tuning: one setting was tried. Importance is "
     "concentrated and the metrics agree, but locality is weak in the first layer and greatest in the second: 4 x 4 "
-    "patches leave little room for near and far, and the paper's models learnt theirs from over a million photographs "
-    "of 14 x 14 patches or more; the trend needs those weights. Two codes keep only a part of the maps' variance: "
-    "each image's map differs."
+    "patches leave little room for near and far, and the paper looks at models trained on large photographs in great "
+    "number; the trend needs such weights. Two codes keep only a part of the maps' variance: each image's map differs."
 )
 
 
