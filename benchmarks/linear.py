@@ -71,7 +71,8 @@ def _spread(report: Report, form: str, lengths: tuple[int, ...], quick: bool) ->
             both = "forward + backward" if mode == "backward" else "forward"
             target = 15.0 if memory == "kept" and not quick else None
             spread = 100 * (max(share) / min(share) - 1)
-            rows.append(Row(f"{form}, spread of time per token, {both}", spread, "%", target, "<=", note))
+            name = f"{form}, spread of time per token, {both}" + (", fresh memory" if memory == "default" else "")
+            rows.append(Row(name, spread, "%", target, "<=", note))
     return rows
 
 

@@ -88,6 +88,8 @@ class Program(Mechanism):
         told = [f"{name}={_name(what)}" for name, what in named.items() if what is not None]
         return ", ".join([*told, f"rowwise={self.rowwise.name!r}"])
 
+    # Functions are tried on pairs, and masks decide by their values what is computed: no graph.
+    @torch.compiler.disable
     def attend(self, query: Tensor, key: Tensor, value: Tensor, request: Request) -> Tensor:
         call = self.call(query, key, request)
         backend, tile = self._choice(query, key, value, call, self.tunes)

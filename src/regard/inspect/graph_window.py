@@ -231,7 +231,9 @@ def hop_profile(attn: Tensor, hop: Tensor, causal: bool = True) -> Tensor:
     """Mean weight of a pair, by hops: ``(..., q_len, k_len)`` -> ``(..., hops)``, NaN where no pair has so many.
 
     hop: ``(k_len,)``, steps of each key from the centre, or ``(q_len, k_len)``, steps between query and key; negative
-    for what is left out, as text. causal: pairs whose key comes after the query are left out as well.
+    for what is left out, as text. causal: pairs whose key comes after the query are left out as well. Steps along the
+    tree go with places: early queries have fewer keys, weigh each more, and are near to one another, so that flat
+    causal weights fall with the steps too. Compare with those, or with another time of training.
     """
     if hop.shape not in (attn.shape[-1:], attn.shape[-2:]):
         raise ShapeError(
