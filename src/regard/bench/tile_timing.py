@@ -19,6 +19,7 @@ import torch
 from regard.bench.measure import interleaved, median_ratio
 from regard.bench.simulate import Sides, sides
 from regard.errors import FileFormatError, OptionError
+from regard.inspect.saliency import rank_correlation
 from regard.kernels import native
 from regard.local.gna import GeneralizedNeighborhoodAttention, GNASimulator
 
@@ -243,14 +244,7 @@ def spearman(left: Sequence[float], right: Sequence[float]) -> float:
         raise OptionError(
             f"A rank correlation takes two equally long lists of two or more, got {len(left)}, {len(right)}."
         )
-    ranks = torch.stack([_ranks(values) for values in (left, right)])
-    return float(torch.corrcoef(ranks)[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> torch.Tensor:
-    _, place, count = torch.tensor(values, dtype=torch.float64).unique(return_inverse=True, return_counts=True)
-    mean_rank = count.cumsum(0) - (count - 1) / 2
-    return mean_rank.to(torch.float64)[place]
+    return float(rank_correlation(*(torch.tensor(values, dtype=torch.float64) for values in (left, right))))
 
 
 def correlations(rows: Sequence[Timed]) -> dict[str, float]:
