@@ -1,0 +1,411 @@
+"""Can a model tell, or steer, its own activations? Labels made of them are shown in context, as neurofeedback does.
+
+A sentence's state is the mean of the residual stream over its tokens at one layer. Its score on a unit axis ``w`` is
+``a(s) = w . (h(s) - mean)``; the axis is a principal component of the states of a corpus, or the normal of a logistic
+regression of a semantic label on them. Labels are the scores split in two (or six). Three tasks follow N sentences
+shown with their labels:
+
+    report     tell the label of the next sentence, from logit(1) - logit(0) where the label would stand
+    explicit   write a sentence in the manner of label c
+    implicit   read a given sentence under that instruction: only the instruction differs, no new text carries it
+
+Control is measured as ``d = (mean a | c = 1  -  mean a | c = 0) / pooled sd`` on the axis of the labels, and on other
+axes for comparison. Labels are shown as they are and flipped, against what words like "0" and "1" mean by themselves.
+
+Source: "Language Models Are Capable of Metacognitive Monitoring and Control of Their Internal Activations", 2025, arXiv
+2505.13763 (NeurIPS 2025), and its repository. As there, components are of centred states that are not scaled, the
+penalty of the regression is 1 on ``|w|^2 / 2``, and the interval of d is ``d +- 1.96 sqrt((n1 + n0)/(n1 n0) +
+d^2/(2 (n1 + n0)))``. The repository cuts scores at 0, the corpus mean; :class:`Binarizer` cuts at the median, so that
+labels are balanced, unless told a threshold.
+
+Models without words are measured with spans of tokens for sentences (:func:`span_prompt`). Cost: one forward pass a
+prompt; components take the singular values of ``(n, D)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regard.errors import OptionError, ShapeError
+from regard.inspect.capture import capture
+from regard.inspect.loading import token_logits
+from regard.inspect.logistic import fit_logistic
+
+__all__ = [
+    "ActivationAxes",
+    "Binarizer",
+    "ControlEffect",
+    "EvenLikert",
+    "ReportAccuracy",
+    "SpanPrompt",
+    "activation_axes",
+    "axis_score",
+    "control_effect",
+    "ideal_observer",
+    "metacognitive_dimension",
+    "neurofeedback_prompt",
+    "report_accuracy",
+    "sample_span",
+    "score_fields",
+    "span_prompt",
+    "span_states",
+]
+
+SCORE_FIELD = "[Score: {"
+_PAPER_COMPONENTS = (1, 2, 4, 8, 32, 128, 512)
+
+
+@torch.no_grad()
+def span_states(
+    model: nn.Module, inputs: Tensor | Mapping[str, Tensor], spans: Tensor, layer: int, **kwargs: Any
+) -> Tensor:
+    """Mean residual stream over token spans: ``(batch, spans, D)``, of ``spans`` ``(batch, spans, 2)``, start and end.
+
+    layer: the attention layer, counted as in ``discover(model)``, whose block these states enter; what block ``l``
+    gives is layer ``l + 1`` here. inputs: the model's first argument, or its named ones. Needs a forward pass.
+    """
+    with capture(model, weights=False, values=False, head_outputs=False, layers=[layer]) as trace:
+        _ = model(**inputs, **kwargs) if isinstance(inputs, Mapping) else model(inputs, **kwargs)
+    states = trace[0].hidden_states
+    if states is None:
+        raise OptionError(f"Layer {layer} has no block around it whose residual stream could be read.")
+    if spans.dim() != 3 or spans.shape[-1] != 2 or len(spans) != len(states):
+        raise ShapeError(f"spans is (batch, spans, 2) for {len(states)} rows; got {tuple(spans.shape)}.")
+    start, end = spans.to(states.device).unbind(-1)
+    if bool((start < 0).any()) or bool((end > states.shape[1]).any()) or bool((start >= end).any()):
+        raise OptionError(f"Each span has 0 <= start < end <= {states.shape[1]}.")
+    place = torch.arange(states.shape[1], device=states.device)
+    inside = ((place >= start[..., None]) & (place < end[..., None])).to(states.dtype)
+    return inside @ states / (end - start)[..., None]
+
+
+@dataclass(frozen=True)
+class ActivationAxes:
+    """``directions`` ``(k, D)``: unit axes. ``mean`` ``(D,)`` and ``deviation`` ``(k,)``: of the states they were
+    fitted to, and of their scores. ``names``: "PC1", ..., or "LR"."""
+
+    directions: Tensor
+    mean: Tensor
+    deviation: Tensor
+    names: tuple[str, ...]
+
+    def variance_share(self, hidden: Tensor) -> Tensor:
+        """Share of the variance of ``hidden`` ``(n, D)`` along each axis, ``(k,)``."""
+        return axis_score(hidden, self).var(0) / hidden.double().var(0).sum()
+
+
+def activation_axes(
+    hidden: Tensor, kind: Literal["pca", "lr"] = "pca", ks: Sequence[int] | None = None, labels: Tensor | None = None
+) -> ActivationAxes:
+    """Axes of states ``(n, D)`` in float64: principal components of numbers ``ks``, from 1, or the normal that tells
+    ``labels`` ``(n,)``, 0 and 1, apart.
+
+    By default components 1, 2, 4, 8, 32, 128 and 512, as far as the states have them. A component's sign is that which
+    makes its largest entry positive; the normal points to label 1.
+    """
+    if hidden.dim() != 2 or len(hidden) < 2:
+        raise ShapeError(f"States are (n, D) with n >= 2; got {tuple(hidden.shape)}.")
+    hidden = hidden.detach().double()
+    mean = hidden.mean(0)
+    if kind == "lr":
+        if labels is None or ks is not None:
+            raise OptionError("kind='lr' needs labels (n,), 0 and 1, and has one axis: leave ks out.")
+        normal, _ = fit_logistic(hidden, labels)
+        directions = F.normalize(normal, dim=0)[None]
+        names: tuple[str, ...] = ("LR",)
+    elif kind == "pca":
+        _, sizes, right = torch.linalg.svd(hidden - mean, full_matrices=False)
+        # Of equal singular values and of zero, axes are arbitrary; zero ones are no components.
+        count = int((sizes > 1e-10 * sizes[0]).sum()) if float(sizes[0]) > 0 else 0
+        numbers = [k for k in _PAPER_COMPONENTS if k <= count] if ks is None else list(ks)
+        if not numbers or min(numbers) < 1 or max(numbers) > count:
+            raise OptionError(f"These states have components 1 to {count}; got ks={numbers}.")
+        directions = right[[k - 1 for k in numbers]]
+        directions = directions * directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
+        names = tuple(f"PC{k}" for k in numbers)
+    else:
+        raise OptionError(f"kind is 'pca' or 'lr'; got {kind!r}.")
+    deviation = ((hidden - mean) @ directions.T).std(0, correction=0)
+    return ActivationAxes(directions, mean, deviation, names)
+
+
+def axis_score(hidden: Tensor, axes: ActivationAxes) -> Tensor:
+    """Scores ``(..., k)`` of states ``(..., D)``, in the states' units; over ``axes.deviation`` in the corpus' own."""
+    if hidden.shape[-1] != len(axes.mean):
+        raise ShapeError(f"These axes are of {len(axes.mean)} dimensions; the states have {hidden.shape[-1]}.")
+    return (hidden.detach().to(axes.mean) - axes.mean) @ axes.directions.T
+
+
+class Binarizer:
+    """Label 1 from the median of the fitted scores on, else 0; or from ``threshold`` on (0: the mean of the corpus)."""
+
+    levels = 2
+
+    def __init__(self, threshold: float | None = None) -> None:
+        self.threshold = threshold
+
+    def fit(self, scores: Tensor) -> Binarizer:
+        """Take the median of scores ``(n,)``, midway between the middle two; a threshold given stays."""
+        if self.threshold is None:
+            self.threshold = float(scores.double().quantile(0.5))
+        return self
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Labels int64, in the scores' shape."""
+        if self.threshold is None:
+            raise OptionError("fit(scores) first, or give a threshold.")
+        return (scores >= self.threshold).long()
+
+
+class EvenLikert:
+    """Labels 1 to ``levels`` (even): half of them below 0 and half from 0 on, each side cut at its own quantiles."""
+
+    def __init__(self, levels: int = 6) -> None:
+        if levels < 2 or levels % 2:
+            raise OptionError(f"levels is an even number >= 2; got {levels}.")
+        self.levels = levels
+        self._cuts: Tensor | None = None
+
+    def fit(self, scores: Tensor) -> EvenLikert:
+        """Take the quantiles of scores ``(n,)``, which are centred."""
+        scores, half = scores.double(), self.levels // 2
+        sides = scores[scores < 0], scores[scores >= 0]
+        if min(map(len, sides)) < half:
+            raise OptionError(f"{self.levels} levels need {half} scores below 0 and {half} from 0 on.")
+        at = torch.arange(1, half, device=scores.device).double() / half
+        zero = scores.new_zeros(1)
+        self._cuts = torch.cat((sides[0].quantile(at), zero, sides[1].quantile(at)))
+        return self
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Labels int64, in the scores' shape."""
+        if self._cuts is None:
+            raise OptionError("fit(scores) first.")
+        return torch.bucketize(scores.double(), self._cuts, right=True) + 1
+
+
+Task = Literal["report", "explicit", "implicit"]
+
+
+def neurofeedback_prompt(
+    sentences: Sequence[str] | Sequence[tuple[str, str]],
+    labels: Sequence[int] | Tensor,
+    task: Task = "report",
+    target: int | None = None,
+    *,
+    levels: int = 2,
+    flipped: bool = False,
+) -> list[dict[str, str]]:
+    """Chat turns: a system turn, then per sentence what the user asked for and the sentence with its score.
+
+    sentences: texts, or pairs of an instruction and the text it got. ``report``: the last may lack its label, and the
+    prompt then ends where the score would stand; if all have theirs, :func:`score_fields` finds the places of all in
+    one pass. ``explicit`` and ``implicit``: one sentence more than labels; the last turns ask for the manner of label
+    ``target``. The explicit prompt leaves the reply to be generated, the implicit one holds the last sentence.
+    levels: 2 for scores 0 and 1, else scores 1 to ``levels``. flipped: show the scores the other way round.
+    """
+    low, high = (0, 1) if levels == 2 else (1, levels)
+    scores = [int(label) for label in labels]
+    if any(not low <= score <= high for score in scores):
+        raise OptionError(f"Labels of {levels} levels are {low} to {high}; got {scores}.")
+    if task not in ("report", "explicit", "implicit"):
+        raise OptionError(f"task is 'report', 'explicit' or 'implicit'; got {task!r}.")
+    control = task != "report"
+    if len(sentences) - len(scores) not in ((1,) if control else (0, 1)):
+        raise ShapeError(f"{task} takes one sentence more than labels; got {len(sentences)} and {len(scores)}.")
+    if control != (target is not None) or (target is not None and not low <= target <= high):
+        raise OptionError(f"Control needs a target label from {low} to {high}, and reporting none; got {target}.")
+    pairs = [("Say something.", s) if isinstance(s, str) else (s[0], s[1]) for s in sentences]
+    turns = [{"role": "system", "content": _system(control, low, high)}]
+    for (asked, said), score in zip(pairs, scores, strict=False):
+        shown = low + high - score if flipped else score
+        turns += [_turn("user", asked), _turn("assistant", f"{said} {SCORE_FIELD}{shown}}}]")]
+    if len(pairs) > len(scores):
+        asked, said = pairs[-1]
+        if control:
+            asked = f"Imitation now: reply in the way that earns the score {target}, and copy no reply above. {asked}"
+        turns.append(_turn("user", asked))
+        if task != "explicit":
+            turns.append(_turn("assistant", said if control else f"{said} {SCORE_FIELD}"))
+    return turns
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _system(control: bool, low: int, high: int) -> str:
+    scale = "either 0 or 1" if high == 1 else f"a whole number from {low} (lowest) to {high} (highest)"
+    then = " Later you will be asked to imitate a score." if control else ""
+    return (
+        f"Each request is answered and followed by a score, {scale}: the activation of your brain while you said the "
+        f"answer. Find out from the examples how it comes about.{then}"
+    )
+
+
+def score_fields(tokens: Tensor, opening: Sequence[int]) -> Tensor:
+    """Places where scores stand, or would stand: those after each occurrence of the tokens ``opening`` (of
+    ``SCORE_FIELD``, as the tokenizer writes its end within a text) in ``tokens`` ``(length,)``."""
+    if tokens.dim() != 1 or not opening:
+        raise ShapeError(f"Need tokens (length,) and at least one token to look for; got {tuple(tokens.shape)}.")
+    wanted = torch.tensor(list(opening), device=tokens.device)
+    if len(tokens) < len(wanted):
+        return torch.empty(0, dtype=torch.long, device=tokens.device)
+    found = (tokens.unfold(0, len(wanted), 1) == wanted).all(-1)
+    return found.nonzero()[:, 0] + len(wanted)
+
+
+@dataclass(frozen=True)
+class SpanPrompt:
+    """``tokens`` ``(batch, length)``; ``label_positions`` ``(batch, N)``, where labels stand, or would after the last
+    token; ``spans`` ``(batch, N, 2)``: start and end of each sentence."""
+
+    tokens: Tensor
+    label_positions: Tensor
+    spans: Tensor
+
+
+def span_prompt(
+    sentences: Tensor,
+    labels: Tensor,
+    token0: int,
+    token1: int,
+    task: Task = "report",
+    target: int | None = None,
+    marker: int | None = None,
+) -> SpanPrompt:
+    """Sentences without words: spans of tokens ``(batch, N, span)``, each followed by its label's token.
+
+    ``report``: labels ``(batch, N)``, or ``(batch, N - 1)`` for a prompt that ends where the last would stand. Control:
+    labels ``(batch, N - 1)``, then the token ``marker`` (the instruction) and the target's, then the last span, which
+    the explicit prompt leaves to be generated; its span is given all the same.
+    """
+    control = task != "report"
+    if sentences.dim() != 3 or labels.dim() != 2 or len(labels) != len(sentences):
+        raise ShapeError(f"Need (batch, N, span) and (batch, N or N - 1); got {sentences.shape} and {labels.shape}.")
+    batch, count, span = sentences.shape
+    if count - labels.shape[1] not in ((1,) if control else (0, 1)):
+        raise ShapeError(f"{task} takes one sentence more than labels; got {count} and {labels.shape[1]}.")
+    if control and (marker is None or target not in (0, 1)):
+        raise OptionError("Control needs a target, 0 or 1, and the marker's token.")
+    shown = torch.tensor([token0, token1], device=sentences.device)[labels]
+    full = labels.shape[1]
+    parts = [torch.cat((sentences[:, :full], shown[..., None]), -1).flatten(1)]
+    first = torch.arange(count, device=sentences.device) * (span + 1)
+    if control:
+        asked = torch.tensor([marker, (token0, token1)[cast(int, target)]], device=sentences.device)
+        parts.append(asked.expand(batch, 2))
+        first[-1] += 2
+    if full < count and task != "explicit":
+        parts.append(sentences[:, -1])
+    spans = torch.stack((first, first + span), -1)
+    return SpanPrompt(torch.cat(parts, 1), (first + span).expand(batch, -1), spans.expand(batch, -1, -1))
+
+
+@torch.no_grad()
+def sample_span(
+    model: nn.Module,
+    tokens: Tensor,
+    length: int,
+    temperature: float = 0.7,
+    allowed: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``tokens`` ``(batch, n)`` and ``length`` more, drawn from the model one by one: the reply to an explicit prompt.
+
+    allowed: the tokens it may write, all by default. The prompt is read anew each time: for short replies of small
+    models; of large ones, ``model.generate`` keeps a cache.
+    """
+    if length < 1 or temperature <= 0:
+        raise OptionError(f"Need length >= 1 and a positive temperature; got {length} and {temperature}.")
+    for _ in range(length):
+        logits = token_logits(model(tokens))[:, -1] / temperature
+        choice = torch.arange(logits.shape[-1], device=logits.device) if allowed is None else allowed
+        drawn = torch.multinomial(logits[:, choice].softmax(-1), 1, generator=generator)
+        tokens = torch.cat((tokens, choice[drawn]), 1)
+    return tokens
+
+
+@dataclass(frozen=True)
+class ReportAccuracy:
+    """By number of labels seen before, from 0: ``accuracy`` and ``cross_entropy`` (nats) ``(N,)``, means over prompts.
+    ``difference`` ``(batch, N)``: logit(1) - logit(0); the model tells 1 where it is not negative."""
+
+    accuracy: Tensor
+    cross_entropy: Tensor
+    difference: Tensor
+
+
+def report_accuracy(
+    logits: Tensor, label_positions: Tensor, token0: int, token1: int, labels: Tensor
+) -> ReportAccuracy:
+    """How well labels ``(batch, N)`` are told by ``logits`` ``(batch, length, vocabulary)`` of the tokens before
+    ``label_positions`` ``(batch, N)``. Only the two labels' tokens count; the rest of the vocabulary is left out."""
+    if logits.dim() != 3 or label_positions.shape != labels.shape or label_positions.shape[:1] != logits.shape[:1]:
+        raise ShapeError(
+            "Need logits (batch, length, vocabulary), label_positions and labels (batch, N); got "
+            f"{tuple(logits.shape)}, {tuple(label_positions.shape)}, {tuple(labels.shape)}."
+        )
+    before = label_positions.to(logits.device) - 1
+    if bool((before < 0).any()) or bool((before >= logits.shape[1]).any()):
+        raise OptionError(f"Labels stand at places 1 to {logits.shape[1]}, after the token whose logits tell them.")
+    of_labels = logits.detach()[..., [token0, token1]].double()
+    told = of_labels.gather(1, before[..., None].expand(-1, -1, 2))
+    difference, truth = told[..., 1] - told[..., 0], labels.to(logits.device)
+    loss = F.binary_cross_entropy_with_logits(difference, truth.double(), reduction="none")
+    return ReportAccuracy(((difference >= 0) == (truth == 1)).double().mean(0), loss.mean(0), difference)
+
+
+def ideal_observer(hidden: Tensor, labels: Tensor, n: int) -> tuple[float, float]:
+    """Accuracy and cross-entropy (nats) of logistic regression on the states: fitted to the first ``n`` of ``hidden``
+    ``(m, D)`` and labels ``(m,)``, judged on the rest. Where the first hold one label only it tells their share with a
+    prior of one each, ``(ones + 1) / (n + 2)``: chance at n = 0."""
+    if hidden.dim() != 2 or labels.shape != hidden.shape[:1] or not 0 <= n < len(hidden):
+        raise ShapeError(f"Need states (m, D), labels (m,) and 0 <= n < m; got {tuple(hidden.shape)} and n={n}.")
+    seen, truth = labels[:n], labels[n:].double()
+    if n and 0 < int(seen.sum()) < n:
+        normal, offset = fit_logistic(hidden[:n], seen)
+        logit = hidden[n:].detach().double() @ normal + offset
+    else:
+        share = (float(seen.sum()) + 1) / (n + 2)
+        logit = torch.full_like(truth, math.log(share / (1 - share)))
+    # Even odds are right half of the time.
+    right = torch.where(logit == 0, 0.5, ((logit > 0) == (truth == 1)).double())
+    return float(right.mean()), float(F.binary_cross_entropy_with_logits(logit, truth))
+
+
+@dataclass(frozen=True)
+class ControlEffect:
+    """Cohen's ``d`` with the ends ``low`` and ``high`` of its 95 percent interval, one for each axis."""
+
+    d: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def control_effect(scores_target1: Tensor, scores_target0: Tensor) -> ControlEffect:
+    """How far scores ``(n1, ...)`` under target 1 lie above those under target 0, ``(n0, ...)``, in pooled standard
+    deviations; equal means are 0 apart, different ones of scores that do not vary infinitely far."""
+    ones, zeros = scores_target1.detach().double(), scores_target0.detach().double()
+    if ones.shape[1:] != zeros.shape[1:] or min(len(ones), len(zeros)) < 2:
+        raise ShapeError(
+            f"Need at least two scores under each target, of the same axes; got {ones.shape}, {zeros.shape}."
+        )
+    n1, n0 = len(ones), len(zeros)
+    gap = ones.mean(0) - zeros.mean(0)
+    pooled = (((n1 - 1) * ones.var(0) + (n0 - 1) * zeros.var(0)) / (n1 + n0 - 2)).sqrt()
+    d = torch.where(gap == 0, 0.0, gap / pooled)
+    half = 1.96 * ((n1 + n0) / (n1 * n0) + d.square() / (2 * (n1 + n0))).sqrt()
+    return ControlEffect(d, d - half, d + half)
+
+
+def metacognitive_dimension(effect: ControlEffect) -> int:
+    """Number of axes that moved the way they were asked to: whose interval lies above 0."""
+    return int((effect.low > 0).sum())
