@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import regard
 from regard.errors import OptionError, RetrofitError, ShapeError
+from regard.inspect.projections import head_projections
 from regard.inspect.saliency import gradient_saliency
 from regard.inspect.tensorlens import (
     TensorLens,
@@ -21,6 +23,7 @@ from regard.inspect.tensorlens import (
 )
 from regard.models.sequence import SequenceModel
 from regard.nn import MultiHeadAttention, TransformerBlock
+from regard.retrofit.sites import discover
 from tests.retrofit.small_models import FAMILIES, gpt2, inputs_of, llama, output_of, t5, tokens
 
 WHOLE = ("gpt2", "llama", "bert", "vit")
@@ -465,3 +468,36 @@ def test_refusals_say_what_to_try() -> None:
         other(torch.randn(1, 513, 8))
         with pytest.raises(OptionError, match="never form it"):
             other.dense()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_heads_write_into_a_logit_is_their_output_through_projection_norm_and_unembedding(family: str) -> None:
+    model = FAMILIES[family]("eager").eval()
+    inputs = {"input_ids": tokens()[:1]}
+    with torch.no_grad(), regard.capture(model) as trace:
+        model(**inputs)
+    final: list[Tensor] = []
+    norm = model.transformer.ln_f if family == "gpt2" else model.model.norm
+    hook = norm.register_forward_pre_hook(lambda module, args: final.append(args[0].detach()[0, -1]))
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    direction = torch.zeros(model.config.vocab_size)
+    direction[3], direction[5] = 1, -1
+    with TensorLens(model, closed=True) as lens:
+        lens(**inputs)
+        found = lens.head_attribution(direction)
+        with pytest.raises(ShapeError, match="direction"):
+            lens.head_attribution(direction[:-1])
+    x = final[0]
+    for place, (layer, site) in enumerate(zip(trace, discover(model), strict=True)):
+        assert layer.head_outputs is not None
+        output = head_projections(site).output
+        for head in range(found.shape[1]):
+            written = output[head] @ layer.head_outputs[0, head, -1]
+            if family == "gpt2":
+                scaled = (written - written.mean()) / (x.var(correction=0) + norm.eps).sqrt() * norm.weight
+            else:
+                scaled = written / (x.square().mean() + norm.variance_epsilon).sqrt() * norm.weight
+            meant = model.lm_head.weight[3] @ scaled - model.lm_head.weight[5] @ scaled
+            torch.testing.assert_close(found[place, head], meant.detach(), atol=1e-5, rtol=1e-4)

@@ -142,6 +142,13 @@ class FrozenBlocks:
         self._check_open()
         return self._through(x, first, last, closed)
 
+    def run_tail(self, state: Tensor) -> Tensor:
+        """States ``(tokens, dim)`` that leave the last block to what the model makes of them, ``(tokens, ...)``."""
+        with self._running("replay"):
+            self._at, self._next = _OUTSIDE, 0
+            given = self._close(state.view_as(_tensor(self.outputs[-1])))
+            return given.reshape(-1, given.shape[-1])
+
     def tokens_in(self, block: int) -> Tensor:
         """States that entered a block, ``(tokens, dim)``."""
         state = self.inputs[block]

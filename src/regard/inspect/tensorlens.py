@@ -258,6 +258,35 @@ class TensorLens:
         projected = torch.einsum("hjd,ohd->hjo", values, weight.detach().unflatten(1, (values.shape[0], -1)))
         return torch.einsum("hij,hjo->ijo", weights, projected)
 
+    def head_attribution(self, direction: Tensor, i: int = -1) -> Tensor:
+        """What each head writes straight into the answer at token ``i``, ``(blocks, num_heads)``.
+
+        direction: of the answer, ``(dim_out,)``; one for a token's logit and minus one for another's gives the logit
+        difference. A head's output goes through the output projection and what follows the blocks, whose scales are
+        held; what later blocks make of it is left out. For pre-norm models, whose blocks add to one stream, and heads
+        of one number in all blocks (direct logit attribution; Elhage et al., "A Mathematical Framework for Transformer
+        Circuits", 2021).
+        """
+        self._check_run()
+        frozen, last = self._frozen, len(self) - 1
+        state = frozen.tokens_out(last).detach().requires_grad_()
+        with torch.enable_grad():
+            given = frozen.run_tail(state)
+            if given.shape[0] != state.shape[0] or direction.shape != given.shape[1:]:
+                raise ShapeError(
+                    f"The model answers {tuple(given.shape)} for {state.shape[0]} tokens, and the direction is "
+                    f"{tuple(direction.shape)}; it needs {(given.shape[-1],)} and an answer for every token."
+                )
+            (pulled,) = torch.autograd.grad(given[i] @ direction.to(given), state)
+        found = []
+        for block in range(len(self)):
+            layer, site = frozen.attention(block)
+            weight = output_projection(site)[0].detach()
+            weights, values = frozen.weights[layer][0], frozen.values[layer][0]
+            heads = torch.einsum("hj,hjd->hd", weights[:, i], values)
+            found.append(torch.einsum("hd,ohd,o->h", heads, weight.unflatten(1, (len(heads), -1)), pulled[i]))
+        return torch.stack(found).detach()
+
     def entering(self, block: int) -> Tensor:
         """What enters a block, ``(tokens, dim)``."""
         self._check_run()
