@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import regard
 from regard.dense.program import program
 from regard.errors import BackendError, OptionError
-from regard.kernels.rowwise import Rowwise
+from regard.kernels.rowwise import ROWWISE, Rowwise
 from regard.kernels.tuning import records, tuning_file
 from regard.masks import Causal, SlidingWindow
 
@@ -211,6 +211,13 @@ def test_a_reduction_of_ones_own() -> None:
     mine = program(rowwise=two, mask_mod=Causal(), backend="tiled", tile=(8, 8))
     scaled = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=torch.tensor(2.0).log() / DIM**0.5)
     torch.testing.assert_close(mine(query, key, value), scaled)
+
+
+def test_a_reduction_of_ones_own_that_is_called_softmax_is_not_taken_for_it() -> None:
+    sigmoid = ROWWISE["sigmoid"]
+    mine = Rowwise("softmax", sigmoid.block, sigmoid.merge, sigmoid.finish)
+    query, key, value = _inputs()
+    torch.testing.assert_close(program(rowwise=mine)(query, key, value), program(rowwise="sigmoid")(query, key, value))
 
 
 def test_tuning_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

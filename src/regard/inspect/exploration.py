@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from regard.errors import OptionError
 from regard.inspect.capture import LayerTrace, capture
 from regard.inspect.intervene import Head, ablate_heads, intervene
+from regard.inspect.loading import model_answer
 from regard.inspect.metrics import HeadSummary
 from regard.inspect.retrieval_heads import text_retrieval_scores
 from regard.inspect.roles import ROLES, head_roles
@@ -109,9 +110,7 @@ def explore_text(
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
     def run(given: Tensor) -> Tensor:
-        out = model(input_ids=given)
-        found = out.logits if hasattr(out, "logits") else out.last_hidden_state
-        return found if isinstance(found, Tensor) else torch.as_tensor(found)
+        return model_answer(model(input_ids=given))
 
     progress(f"attention of {len(ids)} tokens")
     found, logits = _look(model, partial(run, tokens), name, [_shown(tokenizer, i) for i in ids], causal)
@@ -150,9 +149,7 @@ def explore_image(
     """
 
     def run() -> Tensor:
-        out = model(pixel_values=pixels)
-        found = out.logits if hasattr(out, "logits") else out.last_hidden_state
-        return found if isinstance(found, Tensor) else torch.as_tensor(found)
+        return model_answer(model(pixel_values=pixels))
 
     found, _ = _look(model, run, name, None, causal=False)
     count, ratio = len(found.tokens), pixels.shape[-2] / pixels.shape[-1]

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from regard.errors import OptionError, RetrofitError, ShapeError
 from regard.inspect.intervene import Edit, intervene
+from regard.inspect.loading import model_answer
 from regard.kernels import expand_groups
 from regard.retrofit.sites import Site, discover
 from regard.retrofit.switch import Call, Weights
@@ -128,7 +129,7 @@ class FrozenBlocks:
         self._check_chain()
         for index in range(len(self.blocks)):
             self._check_affine(index)
-        self.answer = _answer(out)
+        self.answer = model_answer(out)
         return out
 
     def run(self, x: Tensor, first: int, last: int, closed: bool = False) -> Tensor:
@@ -190,7 +191,7 @@ class FrozenBlocks:
             for block, answer in zip(self.blocks, answers, strict=True):
                 skipping.enter_context(_skipped(block, answer))
             args, kwargs = self._asked
-            return _answer(self.model(*args, **kwargs))
+            return model_answer(self.model(*args, **kwargs))
 
     @contextmanager
     def _running(self, state: Literal["record", "replay"]) -> Iterator[None]:
@@ -394,13 +395,6 @@ def _tensor(output: Any) -> Tensor:
 def _exchanged(output: Any, state: Tensor) -> Any:
     """What a block returns, with other states."""
     return state if isinstance(output, Tensor) else type(output)((state, *output[1:]))
-
-
-def _answer(out: Any) -> Tensor:
-    for found in (out, getattr(out, "logits", None), getattr(out, "last_hidden_state", None)):
-        if isinstance(found, Tensor):
-            return found
-    raise RetrofitError(f"The model returns {type(out).__name__}, with neither logits nor a last hidden state.")
 
 
 @contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.errors import FileFormatError, MissingExtraError, OptionError
+from regard.errors import FileFormatError, MissingExtraError, OptionError, RetrofitError
 
-__all__ = ["load_image", "load_text_model", "load_vision_model", "token_logits"]
+__all__ = ["load_image", "load_text_model", "load_vision_model", "model_answer", "token_logits"]
 
 _TYPES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp", ".bmp": "bmp"}
 
@@ -79,6 +79,15 @@ def token_logits(out: Any) -> Tensor:
     if not isinstance(found, Tensor) or found.dim() != 3:
         raise OptionError("The model gives no logits (batch, length, vocabulary), and this is judged by them.")
     return found
+
+
+def model_answer(out: Any) -> Tensor:
+    """What a model gives: a tensor, or of transformers' output the logits, else the last hidden state. Raises
+    RetrofitError for others."""
+    for found in (out, getattr(out, "logits", None), getattr(out, "last_hidden_state", None)):
+        if isinstance(found, Tensor):
+            return found
+    raise RetrofitError(f"The model returns {type(out).__name__}, with neither logits nor a last hidden state.")
 
 
 def _transformers(feature: str) -> Any:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 from regard.errors import BackendError
 
-__all__ = ["current_backend", "has_triton", "resolve", "use_backend"]
+__all__ = ["compiled_flex", "current_backend", "has_triton", "resolve", "use_backend"]
 
 # A plain global, since torch.compile can read one, and compiles anew when it changes. All forms give the same numbers,
 # so that a thread that meets another's choice loses no more than speed.
@@ -33,6 +34,15 @@ def use_backend(name: str) -> Iterator[None]:
 def current_backend() -> str:
     """The name that :func:`use_backend` set, else ``"auto"``."""
     return _current
+
+
+@cache
+def compiled_flex() -> Any:
+    """torch's FlexAttention, compiled: forward and backward on a GPU, forward alone on a CPU."""
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
 
 
 @cache

@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Literal, overload
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from regard.errors import BackendError, ShapeError
 from regard.kernels import native, shared_blocks
-from regard.kernels.backends import has_triton, resolve
+from regard.kernels.backends import compiled_flex, has_triton, resolve
 from regard.kernels.block_gather import GatheredBlocks
 from regard.kernels.dense import dense_attention
 from regard.kernels.query_gather import MergedBlocks
@@ -161,17 +160,10 @@ def _run(
     return _Native.apply(query, key, value, table, layout, scale, bias)
 
 
-@cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def _flex(query: Tensor, key: Tensor, value: Tensor, layout: BlockLayout, scale: float) -> Tensor:
     if not query.is_cuda and any(t.requires_grad for t in (query, key, value)):
         raise BackendError("FlexAttention has no backward pass on CPU; use backend='gather'.")
-    out: Tensor = _compiled_flex()(
+    out: Tensor = compiled_flex()(
         query,
         key,
         value,

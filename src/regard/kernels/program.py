@@ -13,20 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from regard.errors import BackendError, ShapeError
-from regard.kernels.backends import resolve
+from regard.kernels.backends import compiled_flex, resolve
 from regard.kernels.block_sparse import block_sparse_attention
 from regard.kernels.dense import dense_attention
 from regard.kernels.elementwise import Elementwise
 from regard.kernels.lanes import Lanes, by_lanes, needed
-from regard.kernels.rowwise import Rowwise, State
+from regard.kernels.rowwise import ROWWISE, Rowwise, State
 from regard.kernels.shapes import accumulation_dtype, expand_groups, score_scale
 from regard.layout import BlockLayout
 from regard.masks import Mask, MaskMod
@@ -58,7 +56,12 @@ class ProgramCall:
     @property
     def softmax_alone(self) -> bool:
         """Whether this is softmax attention under a mask."""
-        return self.score_mod is None and self.rowwise.name == "softmax"
+        return self.score_mod is None and self.is_softmax
+
+    @property
+    def is_softmax(self) -> bool:
+        """Whether the reduction is the library's softmax, and not one's own of that name."""
+        return self.rowwise is ROWWISE["softmax"]
 
     def forms(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[str, ...]:
         """The forms that can run a call, the usual choice first."""
@@ -72,7 +75,7 @@ class ProgramCall:
 
     def _flexible(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        whole = self.rowwise.name == "softmax" and query.dtype != torch.float64 and value.shape[-1] > 0
+        whole = self.is_softmax and query.dtype != torch.float64 and value.shape[-1] > 0
         return whole and min(query.shape[2], key.shape[2]) >= 16 and (query.is_cuda or not differentiated)
 
 
@@ -224,13 +227,6 @@ class _Tile:
         return self.call.rowwise.reduce(scores, self.rule(batch, head, q_idx, kv_idx))
 
 
-@cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def _flex(
     query: Tensor, key: Tensor, value: Tensor, call: ProgramCall, layout: BlockLayout | None, with_state: bool
 ) -> tuple[Tensor, State | None]:
@@ -238,7 +234,7 @@ def _flex(
 
     if layout is None and call.mask is not None:
         layout = BlockLayout.of(call.mask, query.shape[2], key.shape[2], device=query.device)
-    found = _compiled_flex()(
+    found = compiled_flex()(
         query,
         key,
         value,
