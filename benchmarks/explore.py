@@ -100,10 +100,6 @@ def peak(length: int) -> int:
             torch.no_grad(),
             capture(
                 model,
-                weights=False,
-                values=False,
-                head_outputs=False,
-                hidden_states=False,
                 summarize=summarize_heads(top=16, rows=128),
             ),
         ):

@@ -237,7 +237,7 @@ def test_the_report_reads_any_decoder(family: str) -> None:
     model, tokens = small.FAMILIES[family](), small.tokens(2, 13)
     mask = torch.rand(2, 13, generator=generator()) > 0.5
     report = extreme_token_report(model, tokens, query_mask=mask)
-    with regard.capture(model, keys=True, queries=True) as trace, torch.no_grad():
+    with regard.capture(model, "all") as trace, torch.no_grad():
         states = model(tokens, output_hidden_states=True).hidden_states
     maps = trace.stack("weights")
     layers = len(trace)

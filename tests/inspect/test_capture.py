@@ -27,7 +27,7 @@ def test_the_output_is_the_same_and_the_model_untouched(family: str, implementat
     if "input_ids" in inputs and family not in ("t5", "gpt2"):
         inputs["attention_mask"] = padding(2, 17, left=4)
     before, output = state(model), output_of(model, **inputs)
-    with regard.capture(model, queries=True, keys=True) as trace:
+    with regard.capture(model, "all") as trace:
         assert torch.equal(output_of(model, **inputs), output)
     assert_same(state(model), before)
     assert torch.equal(output_of(model, **inputs), output)
@@ -68,7 +68,7 @@ def test_weights_and_hidden_states_are_those_of_transformers(family: str, implem
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "vit", "t5", "whisper"])
 def test_weights_times_values_are_the_head_outputs(family: str) -> None:
     model = FAMILIES[family]()
-    with regard.capture(model, queries=True, keys=True) as trace, torch.no_grad():
+    with regard.capture(model, "all") as trace, torch.no_grad():
         model(**inputs_of(model))
     for layer in trace:
         assert layer.weights is not None and layer.values is not None and layer.head_outputs is not None
@@ -94,12 +94,20 @@ def test_head_outputs_enter_the_output_projection() -> None:
 
 def test_only_what_was_asked_is_kept() -> None:
     model = vit()
-    with regard.capture(model, weights=False, values=False, hidden_states=False) as trace:
+    with regard.capture(model, "head_outputs") as trace:
         output_of(model, **inputs_of(model))
     layer = trace[0]
     assert layer.head_outputs is not None and layer.head_outputs.shape == (2, 4, 10, 8)
     names = ("weights", "values", "queries", "keys", "hidden_states")
     assert all(getattr(layer, name) is None for name in names) and not layer._sources
+    with regard.capture(model, ["keys", "values"], summarize=lambda layer: layer.values) as trace:
+        output_of(model, **inputs_of(model))
+    assert trace[0].keys is not None and trace[0].summary is trace[0].values and trace[0].weights is None
+    with regard.capture(model, summarize=lambda layer: layer.values) as trace:
+        output_of(model, **inputs_of(model))
+    assert trace[0].values is None and trace[0].summary is None
+    with pytest.raises(UnknownNameError, match="'head_outputs'"):
+        regard.capture(model, ["head_output"])  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -178,7 +186,7 @@ def test_gradients_with_grouped_heads() -> None:
 
 
 def run_backward(model: Any, ids: Tensor) -> Any:
-    with regard.capture(model, gradients=True, queries=True, keys=True) as trace:
+    with regard.capture(model, "all", gradients=True) as trace:
         model(ids, use_cache=False).logits.square().mean().backward()
     return trace
 

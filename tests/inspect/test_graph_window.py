@@ -173,7 +173,7 @@ def test_schedule_narrows_training_and_leaves_inference_alone() -> None:
     with schedule.on(model):
         schedule.look_at([TREE])
         assert torch.equal(model.eval()(tokens), plain)
-        with capture(model.train(), values=False) as trace:
+        with capture(model.train(), "weights") as trace:
             trained = model(tokens)
     weights = trace.stack("weights")
     seen = visible(1)

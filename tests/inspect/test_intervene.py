@@ -80,9 +80,9 @@ def test_patching_a_run_with_itself_changes_nothing_and_with_another_gives_that_
     inputs = inputs_of(model)
     own = output_of(model, **inputs)
     other = {**inputs, "input_ids": inputs["input_ids"].flip(1)}
-    with regard.capture(model, queries=True, keys=True) as trace:
+    with regard.capture(model, "all") as trace:
         output_of(model, **other)
-    with regard.capture(model, queries=True, keys=True) as same:
+    with regard.capture(model, "all") as same:
         output_of(model, **inputs)
     heads = same[0].head_outputs.shape[1]
     itself = {(0, h): same[0].head_outputs[:, h] for h in range(heads)}

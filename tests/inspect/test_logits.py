@@ -66,7 +66,7 @@ def test_hugging_face_models(family: str) -> None:
     small = pytest.importorskip("tests.retrofit.small_models")
     model = small.FAMILIES[family]("eager")
     inputs = small.inputs_of(model)
-    with torch.no_grad(), LogitMonitor(model) as monitor, regard.capture(model, queries=True, keys=True) as trace:
+    with torch.no_grad(), LogitMonitor(model) as monitor, regard.capture(model, "all") as trace:
         small.output_of(model, **inputs)
     assert monitor.paths == trace.paths
     for path, found in monitor.latest().items():

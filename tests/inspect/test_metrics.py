@@ -78,7 +78,7 @@ def test_a_model_is_summarised_without_its_maps(family: str, implementation: str
     inputs = inputs_of(model)
     with regard.capture(model) as whole:
         output_of(model, **inputs)
-    with regard.capture(model, weights=False, summarize=summarize_heads(top=3, rows=5)) as rows:
+    with regard.capture(model, summarize=summarize_heads(top=3, rows=5)) as rows:
         output_of(model, **inputs)
     for seen, summed in zip(whole, rows, strict=True):
         assert seen.weights is not None and summed.weights is None

@@ -76,7 +76,7 @@ def some_edge(cache: Any, layer: int = 1, side: str = "s", most: int = 8) -> Edg
 def test_terms_sum_to_the_score(kind: str) -> None:
     found = model(kind)
     cache, svd = read_scores(found, prompt()), omega_svd(found)
-    with regard.capture(found, queries=True, keys=True) as seen:
+    with regard.capture(found, "all") as seen:
         found(prompt())
     for layer, at in enumerate(seen):
         assert at.queries is not None and at.keys is not None
@@ -190,7 +190,7 @@ def test_mode_b_is_a_step_of_one_heads_input(side: str) -> None:
     basis = torch.linalg.svd(omega(found, layer, head))
     vectors = (basis.Vh.mT if side == "s" else basis.U)[:, used]
     block = found.layers[layer]  # type: ignore[index]
-    with regard.capture(found, keys=True, queries=True) as before:
+    with regard.capture(found, "all") as before:
         found(prompt())
     upstream = found.layers[edge.upstream[0]]  # type: ignore[index]
     columns = slice(8 * edge.upstream[1], 8 * edge.upstream[1] + 8)
@@ -199,7 +199,7 @@ def test_mode_b_is_a_step_of_one_heads_input(side: str) -> None:
     wrote = upstream.out.weight[:, columns] @ (z[0, edge.upstream[1], edge.token] - upstream.value.bias[columns])
     delta = (vectors @ vectors.mT @ torch.cat((wrote, wrote.new_ones(1))))[:-1]
     torch.testing.assert_close(edge_signal(cache, edge), delta.detach(), atol=1e-9, rtol=1e-7)
-    with ablate_edge(cache, edge, "B"), regard.capture(found, keys=True, queries=True) as after:
+    with ablate_edge(cache, edge, "B"), regard.capture(found, "all") as after:
         found(prompt())
     rows = slice(8 * head, 8 * head + 8)
     for name, linear in (("queries", block.query), ("keys", block.key), ("values", block.value)):
@@ -216,7 +216,7 @@ def test_mode_a_changes_the_residual_and_what_follows(kind: str) -> None:
     cache = read_scores(found, prompt())
     edge = some_edge(cache)
     for boost in (False, True):
-        with ablate_edge(cache, edge, "A", boost), regard.capture(found, queries=True, keys=True) as cut:
+        with ablate_edge(cache, edge, "A", boost), regard.capture(found, "all") as cut:
             found(prompt())
         after = cut[1]
         assert after.hidden_states is not None and after.queries is not None and after.keys is not None

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError, UnknownNameError
+from regard.inspect.metrics import js_divergence
 from regard.inspect.pattern_atlas import PatternDecoder, attention_pattern_embedding, sample_grid
 from regard.inspect.vit_head_analytics import (
     METRICS,
     head_importance,
     head_importances,
     head_report,
-    js_divergence,
     khop_profile,
     mean_attention_distance,
 )

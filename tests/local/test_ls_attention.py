@@ -157,7 +157,7 @@ def test_a_model_of_it_is_watched_and_retrofitted_like_others() -> None:
     model = nn.Sequential(layer(window=4))
     x = tokens(20)
     expected = model(x)
-    with regard.capture(model, queries=True, keys=True) as trace:
+    with regard.capture(model, "all") as trace:
         assert torch.equal(model(x), expected)
     near, far = trace
     assert near.weights is not None and far.weights is not None

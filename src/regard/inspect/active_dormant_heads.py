@@ -153,7 +153,7 @@ def extreme_token_report(
         lambda block, args, out: leaving.append(out if isinstance(out, Tensor) else out[0])
     )
     try:
-        with capture(model, weights=False, head_outputs=False, summarize=measure) as trace:
+        with capture(model, ("values", "hidden_states"), summarize=measure) as trace:
             model(**batch) if isinstance(batch, Mapping) else model(batch)
     finally:
         hook.remove()

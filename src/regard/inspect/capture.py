@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from regard.retrofit.switch import Call, Weights
 
 __all__ = ["LayerTrace", "Trace", "capture"]
 
-_KINDS = ("weights", "head_outputs", "values", "queries", "keys", "hidden_states")
+Kind = Literal["weights", "head_outputs", "values", "queries", "keys", "hidden_states"]
+_KINDS: tuple[Kind, ...] = get_args(Kind)
+_USUAL: tuple[Kind, ...] = ("weights", "head_outputs", "values", "hidden_states")
 
 
 @dataclass(eq=False)
@@ -52,7 +54,7 @@ class LayerTrace:
         if self._asking is None:
             raise OptionError(
                 f"The call of {self.path} is over, and its weights are gone. Read weight_rows() inside "
-                "capture(model, weights=False, summarize=...)."
+                "capture(model, summarize=...)."
             )
         for start in range(first, self.queries_seen, rows):
             with torch.no_grad():
@@ -81,8 +83,8 @@ class LayerTrace:
 
     def _no_gradient(self, name: str) -> OptionError:
         return OptionError(
-            f"There is no gradient of {name} at {self.path}. It takes capture(..., gradients=True, {name}=True), a "
-            "forward pass with gradients enabled inside the block, and backward() before asking."
+            f"There is no gradient of {name} at {self.path}. It takes capture(model, ({name!r}, ...), gradients=True), "
+            "a forward pass with gradients enabled inside the block, and backward() before asking."
         )
 
 
@@ -205,11 +207,13 @@ class capture:
     Works on what :func:`regard.retrofit` works on, retrofitted or not; the weights of a retrofitted layer are those
     that its mechanism implies. The model computes what it would compute otherwise, and is untouched afterwards.
 
-    weights, head_outputs, values, queries, keys, hidden_states: what to keep (see :class:`LayerTrace`); tensors are
-    detached and nothing else is held. gradients: keep them in the graph, so that ``trace[path].gradient(name)`` answers
-    after ``backward()``. layers: which, as in :func:`regard.retrofit`. keep: the latest call of a layer, or 'all' (each
-    step of ``generate``). summarize: called with each :class:`LayerTrace` while its layer runs; what it returns is the
-    trace's ``summary``. It may read weights in rows (``weight_rows``), so that maps of long texts never exist whole.
+    record: what to keep (see :class:`LayerTrace`): one or several of "weights", "head_outputs", "values", "queries",
+    "keys" and "hidden_states", or "all"; by default all but queries and keys, and nothing beside a ``summarize``.
+    Tensors are detached and nothing else is held. gradients: keep them in the graph, so that
+    ``trace[path].gradient(name)`` answers after ``backward()``. layers: which, as in :func:`regard.retrofit`. keep: the
+    latest call of a layer, or 'all' (each step of ``generate``). summarize: called with each :class:`LayerTrace` while
+    its layer runs; what it returns is the trace's ``summary``. It may read weights in rows (``weight_rows``), so that
+    maps of long texts never exist whole.
 
     Weights are the model's own where its attention returns them (eager), and softmax of its own logits otherwise; in
     training those of a retrofitted mechanism are taken in evaluation mode. torch's encoder layers leave their fused
@@ -219,13 +223,8 @@ class capture:
     def __init__(
         self,
         model: nn.Module,
+        record: Kind | Literal["all"] | Collection[Kind] | None = None,
         *,
-        weights: bool = True,
-        values: bool = True,
-        head_outputs: bool = True,
-        hidden_states: bool = True,
-        queries: bool = False,
-        keys: bool = False,
         gradients: bool = False,
         layers: Selector = None,
         keep: Literal["last", "all"] = "last",
@@ -236,15 +235,7 @@ class capture:
         self._model = model
         self._sites = discover(model)
         self._chosen = select(self._sites, layers)
-        given = {
-            "weights": weights,
-            "values": values,
-            "head_outputs": head_outputs,
-            "hidden_states": hidden_states,
-            "queries": queries,
-            "keys": keys,
-        }
-        self._asked = frozenset(name for name, wanted in given.items() if wanted)
+        self._asked = _asked(record, summarize is not None)
         self._gradients, self._keep_all, self._summarize = gradients, keep == "all", summarize
         self._closing: ExitStack | None = None
 
@@ -275,3 +266,13 @@ class capture:
         closing, self._closing = self._closing, None
         if closing is not None:
             closing.close()
+
+
+def _asked(record: str | Collection[str] | None, summarized: bool) -> frozenset[str]:
+    if record is None:
+        return frozenset(() if summarized else _USUAL)
+    named = _KINDS if record == "all" else (record,) if isinstance(record, str) else record
+    for name in named:
+        if name not in _KINDS:
+            raise UnknownNameError("captured tensor", name, _KINDS)
+    return frozenset(named)

@@ -115,7 +115,7 @@ def mean_ablate_heads(model: nn.Module, heads: Iterable[Head], prompts: Tensor) 
     """``with mean_ablate_heads(model, heads, prompts): ...``: heads give their mean output over ``prompts``, place by
     place, so that nothing of a single prompt passes through them."""
     means = {}
-    with torch.no_grad(), capture(model, weights=False, values=False, hidden_states=False) as trace:
+    with torch.no_grad(), capture(model, "head_outputs") as trace:
         model(prompts)
     for layer, head in heads:
         outputs = trace[layer].head_outputs
@@ -196,7 +196,7 @@ class _Runs:
         self.mlps[module] = output
 
     def _kept(self, ids: Tensor) -> tuple[float, list[Tensor]]:
-        with capture(self.model, weights=False, values=False, hidden_states=False) as trace:
+        with capture(self.model, "head_outputs") as trace:
             difference = self.run(ids)
         return difference, [layer.head_outputs.transpose(1, 2) for layer in trace if layer.head_outputs is not None]
 
@@ -251,7 +251,7 @@ class _Runs:
             hooks.enter_context(intervene(self.model, self.held(sender, position)))
             if layer == len(self.sites):
                 return self.run(self.clean)
-            with capture(self.model, weights=False, values=False, head_outputs=False, layers=layer) as trace:
+            with capture(self.model, "hidden_states", layers=layer) as trace:
                 self.model(self.clean)
         entered = next(iter(trace)).hidden_states
         handle = self.sites[layer].block.register_forward_pre_hook(_entering(entered), with_kwargs=True)

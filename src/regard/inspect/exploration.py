@@ -194,9 +194,7 @@ def _look(
     expected = sum(site.context["num_heads"] for site in discover(model))
     with (
         torch.no_grad(),
-        capture(
-            model, weights=False, values=False, head_outputs=False, hidden_states=False, summarize=summarize
-        ) as trace,
+        capture(model, summarize=summarize) as trace,
     ):
         logits = run()
     layers = [layer.summary for layer in trace if layer.summary is not None]

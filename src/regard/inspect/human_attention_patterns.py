@@ -148,7 +148,7 @@ def discover(
     for batch in data:
         size = _importance_sums(model, loss, batch)
         importance = size if importance is None else importance + size
-        with torch.no_grad(), capture(model, head_outputs=False, values=False, hidden_states=False) as trace:
+        with torch.no_grad(), capture(model, "weights") as trace:
             _run(model, batch)
         attn = trace.stack("weights")
         for name, predicate in patterns.items():

@@ -22,6 +22,7 @@ __all__ = [
     "attention_distance",
     "attention_entropy",
     "head_metrics",
+    "js_divergence",
     "local_mass",
     "previous_token_mass",
     "same_token_mass",
@@ -75,12 +76,14 @@ def _mean(name: str, weights: Tensor) -> Tensor:
 
 
 def attention_entropy(weights: Tensor) -> Tensor:
-    """Mean entropy of the rows in nats: 0 for one key, ``log k`` for ``k`` keys alike."""
+    """Mean entropy of the rows in nats: 0 for one key, ``log k`` for ``k`` keys alike (Clark et al., "What Does BERT
+    Look At?", 2019, arXiv 1906.04341, section 3.3)."""
     return _mean("entropy", weights)
 
 
 def attention_distance(weights: Tensor) -> Tensor:
-    """Mean distance in tokens between a query and what it attends to."""
+    """Mean distance in tokens between a query and what it attends to, 0 to ``k_len - 1`` (Dosovitskiy et al., "An Image
+    is Worth 16x16 Words", 2020, arXiv 2010.11929, section 4.5, there in pixels)."""
     return _mean("distance", weights)
 
 
@@ -91,12 +94,13 @@ def sink_mass(weights: Tensor) -> Tensor:
 
 
 def previous_token_mass(weights: Tensor) -> Tensor:
-    """Mean weight on the key before the query's own, 0 to 1."""
+    """Mean weight on the key before the query's own, 0 to 1 (Clark et al., 2019, arXiv 1906.04341, section 3.1)."""
     return _mean("previous", weights)
 
 
 def local_mass(weights: Tensor, window: int = 16) -> Tensor:
-    """Mean weight on keys less than ``window`` tokens away, 0 to 1."""
+    """Mean weight on keys less than ``window`` tokens away, 0 to 1: what a sliding window of that size would keep
+    (Beltagy et al., "Longformer", 2020, arXiv 2004.05150, section 3.1)."""
     query, key = _places(weights, 0, weights.shape[-2])
     return _over_rows(_local(weights, query, key, window), weights)
 
@@ -117,6 +121,18 @@ def successor_mass(weights: Tensor, tokens: Tensor) -> Tensor:
     before = torch.nn.functional.pad((tokens[:, :, None] == tokens[:, None, :-1]), (1, 0)).tril(0)
     before.diagonal(dim1=-2, dim2=-1).fill_(False)
     return _over_pairs(weights, before)
+
+
+def js_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence in nats of distributions ``(..., n)``: ``(...)``, 0 to ``log 2``, symmetric (Lin,
+    "Divergence measures based on the Shannon entropy", 1991). Rows of two maps, or two predictions, are compared by it.
+    """
+    middle = (p + q) / 2
+
+    def towards_middle(one: Tensor) -> Tensor:
+        return (torch.special.xlogy(one, one) - torch.special.xlogy(one, middle)).sum(-1)
+
+    return ((towards_middle(p) + towards_middle(q)) / 2).clamp_min(0)
 
 
 def _over_pairs(weights: Tensor, pairs: Tensor) -> Tensor:
@@ -195,7 +211,7 @@ class HeadSummary:
 
 
 def summarize_heads(top: int = 0, rows: int = 256) -> Callable[[LayerTrace], HeadSummary]:
-    """For ``capture(model, weights=False, summarize=summarize_heads())``: metrics of every head without a whole map."""
+    """For ``capture(model, summarize=summarize_heads())``: metrics of every head without a whole map."""
 
     def summarize(layer: LayerTrace) -> HeadSummary:
         summary = HeadSummary(layer.queries_seen, top=top)

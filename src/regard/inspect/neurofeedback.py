@@ -71,7 +71,7 @@ def span_states(
     layer: the attention layer, counted as in ``discover(model)``, whose block these states enter; what block ``l``
     gives is layer ``l + 1`` here. inputs: the model's first argument, or its named ones. Needs a forward pass.
     """
-    with capture(model, weights=False, values=False, head_outputs=False, layers=[layer]) as trace:
+    with capture(model, "hidden_states", layers=[layer]) as trace:
         _ = model(**inputs, **kwargs) if isinstance(inputs, Mapping) else model(inputs, **kwargs)
     states = trace[0].hidden_states
     if states is None:

@@ -302,7 +302,7 @@ def attention_selection_report(
     paths: tuple[str, ...] = ()
     for length in lengths:
         hidden = vectors == "hidden_states"
-        with capture(network, layers=layers, head_outputs=False, values=not hidden, hidden_states=hidden) as trace:
+        with capture(network, ("weights", "hidden_states" if hidden else "values"), layers=layers) as trace:
             network(windows[:, :length])
         kept.append([])
         for path, layer in zip(trace.paths, trace, strict=True):

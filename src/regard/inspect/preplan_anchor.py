@@ -180,10 +180,6 @@ def attention_rhythm(
     mask = response_mask.bool()
     with capture(
         model,
-        weights=False,
-        values=False,
-        head_outputs=False,
-        hidden_states=False,
         layers=layers,
         summarize=summarize,
     ) as trace:

@@ -245,7 +245,7 @@ def _watching(model: nn.Module, first: int) -> capture:
         parts = [rows[0] for _, rows in layer.weight_rows(first=start)]
         return torch.cat(parts, 1) if parts else None
 
-    return capture(model, weights=False, values=False, head_outputs=False, hidden_states=False, summarize=kept)
+    return capture(model, summarize=kept)
 
 
 def _stacked(trace: Trace, length: int) -> Tensor:

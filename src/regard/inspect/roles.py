@@ -76,10 +76,6 @@ def head_roles(
         torch.no_grad(),
         capture(
             model,
-            weights=False,
-            values=False,
-            head_outputs=False,
-            hidden_states=False,
             summarize=partial(_summarize, skipped + length, length),
         ) as trace,
     ):

@@ -193,7 +193,7 @@ def read_scores(model: nn.Module, tokens: Tensor, frac: float = 1.0) -> ScoreCac
     with ExitStack() as hooks:
         for layer, site in enumerate(sites):
             hooks.callback(site.home.register_forward_hook(_keep(answers, layer)).remove)
-        with capture(model, queries=True, keys=True) as seen:
+        with capture(model, "all") as seen:
             model(tokens)
     cache = ScoreCache(model, _svd(folded), folded, [], [], [], [], [], [], [], frac)
     for layer, (site, own, at) in enumerate(zip(sites, folded, seen, strict=True)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regard.errors import ShapeError
-from regard.inspect.vit_head_analytics import js_divergence
+from regard.inspect.metrics import js_divergence
 
 __all__ = ["Comparison", "compare_samples"]
 

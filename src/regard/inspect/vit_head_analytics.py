@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from regard.errors import OptionError, ShapeError, UnknownNameError
 from regard.inspect.capture import capture
 from regard.inspect.intervene import Head, ablate_heads, intervene
+from regard.inspect.metrics import js_divergence
 from regard.inspect.pattern_atlas import PatternEmbedding, attention_pattern_embedding
 from regard.retrofit.sites import discover
 
@@ -44,7 +45,6 @@ __all__ = [
     "head_importance",
     "head_importances",
     "head_report",
-    "js_divergence",
     "khop_profile",
     "mean_attention_distance",
 ]
@@ -52,16 +52,6 @@ __all__ = [
 Metric = Literal["prob_drop", "js_divergence", "rank_drop"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 Batch = Tensor | Mapping[str, Any]
-
-
-def js_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence in nats of distributions ``(..., classes)``: ``(...)``, 0 to ``log 2``, symmetric."""
-    middle = (p + q) / 2
-
-    def towards_middle(one: Tensor) -> Tensor:
-        return (torch.special.xlogy(one, one) - torch.special.xlogy(one, middle)).sum(-1)
-
-    return ((towards_middle(p) + towards_middle(q)) / 2).clamp_min(0)
 
 
 def head_importance(
@@ -295,7 +285,7 @@ def head_report(
     with (
         torch.no_grad(),
         _evaluating(model),
-        capture(model, values=False, head_outputs=False, hidden_states=False) as trace,
+        capture(model, "weights") as trace,
     ):
         _logits(model, batch)
     attn = trace.stack("weights")

@@ -141,7 +141,7 @@ def _broken(model: SequenceModel, task: MajorityColour, seed: int) -> dict[str, 
 def _look(model: SequenceModel, task: MajorityColour) -> dict[str, Tensor]:
     """What attention makes of the nodes in held-out prompts, under the full mask; each ``(layers,)`` or as named."""
     trees = [tree for tree in task.trees["test"] if len(tree.nodes) == _largest(task)][:WATCHED]
-    with capture(model.eval(), head_outputs=False, values=False, hidden_states=False) as trace:
+    with capture(model.eval(), "weights") as trace:
         model(task.encode(trees))
     attn = trace.stack("weights").transpose(0, 1)
     follows, sinks, profile = [], [], []

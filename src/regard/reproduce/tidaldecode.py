@@ -41,7 +41,7 @@ def attention_of_steps(subject: Subject, windows: Tensor, count: int = 4) -> Ten
         cache = subject.model(windows[:, :PROMPT], use_cache=True).past_key_values
         found = []
         for place in range(PROMPT, PROMPT + count):
-            with capture(subject.model, values=False, head_outputs=False, hidden_states=False) as trace:
+            with capture(subject.model, "weights") as trace:
                 subject.model(windows[:, place, None], past_key_values=cache, use_cache=True)
             found.append(trace.stack("weights")[:, :, :, 0, :PROMPT])
     return torch.cat(found, 2)

@@ -59,7 +59,7 @@ def run(report: Callable[[str], None]) -> Finding:
         curves["most important first"].append(_removal(vit, task, ranking))
         curves["least important first"].append(_removal(vit, task, ranking[::-1]))
         by_chance.append(_by_chance(vit, task, ranking, seed))
-        with torch.no_grad(), capture(vit, head_outputs=False, values=False, hidden_states=False) as trace:
+        with torch.no_grad(), capture(vit, "weights") as trace:
             vit(task.all("test")[0])
         attn = trace.stack("weights")
         trends.append(khop_profile(attn, vit.grid).layer_trend)
