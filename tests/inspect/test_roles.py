@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from regard.errors import OptionError
-from regard.inspect.roles import ROLES, head_roles, repeated_tokens
+from regard.errors import OptionError, ShapeError, UnknownNameError
+from regard.inspect.roles import ROLES, head_roles, repeated_tokens, repetition_losses
 from regard.mechanism import Mechanism, Request
 from regard.nn import MultiHeadAttention
 
@@ -50,6 +52,9 @@ def test_prescribed_heads_are_known_for_what_they_do(prefix: Tensor | None) -> N
         assert float(found.scores[name][0, head]) == pytest.approx(1)
         others = [h for h in range(4) if h != head]
         assert float(found.scores[name][0, others].max()) < 0.1
+        assert found.ranking(name)[0] == (0, head) and len(found.ranking(name)) == 5
+    with pytest.raises(UnknownNameError, match="induction"):
+        found.ranking("inductive")
     assert set(ROLES) == {"previous", "duplicate", "induction", "sink", "even", "local", "global"}
 
 
@@ -60,3 +65,25 @@ def test_tokens_are_written_twice() -> None:
     assert repeated_tokens(4, 20).max() < 4
     with pytest.raises(OptionError):
         repeated_tokens(5, 4, first=4)
+
+
+@pytest.mark.parametrize("prefix", [None, torch.zeros(1, 3, dtype=torch.int64)])
+def test_a_second_writing_is_as_easy_as_the_model_makes_it(prefix: Tensor | None) -> None:
+    """Guesses alike until a token has stood before, and then its successor with nine chances of ten."""
+    vocab, sure = 40, 0.9
+    tokens = torch.stack([torch.randperm(30, generator=torch.Generator().manual_seed(s))[:12] + 10 for s in (0, 1)])
+
+    def run(given: Tensor) -> Tensor:
+        logits = torch.zeros(*given.shape, vocab)
+        for row, line in enumerate(given.tolist()):
+            for place, token in enumerate(line):
+                if token in line[:place]:
+                    chances = torch.full((vocab,), (1 - sure) / (vocab - 1))
+                    chances[line[line.index(token) + 1]] = sure
+                    logits[row, place] = chances.log()
+        return logits
+
+    first, second = repetition_losses(run, tokens, prefix)
+    assert first == pytest.approx(math.log(vocab), rel=1e-5) and second == pytest.approx(-math.log(sure), rel=1e-5)
+    with pytest.raises(ShapeError, match="batch, length"):
+        repetition_losses(run, tokens[0])

@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.errors import OptionError
+from regard.errors import OptionError, ShapeError, UnknownNameError
 from regard.inspect.capture import LayerTrace, capture
+from regard.inspect.intervene import Head
+from regard.inspect.loading import token_logits
 from regard.inspect.metrics import METRICS, HeadSummary, Metric
 
-__all__ = ["ROLES", "RoleScores", "head_roles", "repeated_tokens"]
+__all__ = ["ROLES", "RoleScores", "head_roles", "repeated_tokens", "repetition_losses"]
 
 ROLES = {
     "previous": "looks at the token before",
@@ -46,6 +49,13 @@ class RoleScores:
     scores: dict[str, Tensor]
     distance: Tensor
     roles: list[list[str]]
+
+    def ranking(self, name: str) -> list[Head]:
+        """All heads, those that show a pattern of ``scores`` most first."""
+        if name not in self.scores:
+            raise UnknownNameError("pattern of heads", name, list(self.scores))
+        heads = self.scores[name].shape[1]
+        return [divmod(place, heads) for place in self.scores[name].flatten().argsort(descending=True).tolist()]
 
 
 def repeated_tokens(vocab: int, length: int, seed: int = 0, first: int = 0) -> Tensor:
@@ -84,6 +94,25 @@ def head_roles(
     scores = {name: torch.stack([found[name] for found in means]) for name in names}
     distance = torch.stack([found["distance"] for found in means])
     return RoleScores(scores, distance, _roles(scores, distance))
+
+
+def repetition_losses(
+    run: Callable[[Tensor], object], tokens: Tensor, prefix: Tensor | None = None
+) -> tuple[float, float]:
+    """Nats per token of a text written twice: of the first writing, and of the second. What the second is easier is
+    learning from the context; without its induction heads a model loses that, and little of the first.
+
+    run: as in :func:`head_roles`. tokens ``(batch, length)`` int64, prefix ``(1, n)``. The first token of each writing,
+    which nothing announces, does not count.
+    """
+    if tokens.dim() != 2 or tokens.shape[1] < 2:
+        raise ShapeError(f"A text to repeat is (batch, length) with at least 2 tokens, got {tuple(tokens.shape)}.")
+    before = tokens[:, :0] if prefix is None else prefix.expand(len(tokens), -1)
+    whole, length = torch.cat((before, tokens, tokens), 1), tokens.shape[1]
+    with torch.no_grad():
+        logits = token_logits(run(whole))[:, :-1].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), whole[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+    return float(losses[:, -2 * length + 1 : -length].mean()), float(losses[:, 1 - length :].mean())
 
 
 def _summarize(start: int, length: int, layer: LayerTrace) -> dict[str, Tensor]:
