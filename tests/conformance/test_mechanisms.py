@@ -12,6 +12,7 @@ Rules that the contracts leave open and the suite decides:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from regard.cache import (
 )
 from regard.cost import AttentionShape
 from regard.errors import OptionError, ShapeError, UnsupportedMaskError, UnsupportedPatternError
+from regard.inspect.metrics import METRICS, head_metrics
 from regard.masks import Causal, KeyPadding, Mask
 from tests.conformance.subjects import (
     CHANNELS,
@@ -192,6 +194,28 @@ def test_implied_matrix(subject: Subject) -> None:
                 hidden = ~both_masks(mask, causal, q_len, k_len).expand_as(weights)
                 assert not bool(weights[hidden].any()), f"weight on hidden keys with mask {name}, causal={causal}"
                 assert_same(weights @ value.repeat_interleave(2, 1), module(query, key, value, **arguments))
+
+
+@over("mechanism", lambda s: s.cls.value_linear)
+@torch.no_grad()
+def test_metrics_of_the_implied_matrix(subject: Subject) -> None:
+    """Of negative weights too, and of those that do not sum to 1."""
+    length, module = 37, subject.build()
+    causal = subject.causals[0]
+    query, key, value = query_key_value(length)
+    weights = module.weights(query, key, value, causal=causal, **subject.space(length))
+    found = head_metrics(weights)
+    assert set(found) == set(METRICS)
+    rows, place = weights.abs(), torch.arange(length)
+    seen, far = rows.sum(-1) > 0, (place[:, None] - place).abs()
+    mean = (rows * far).sum(-1) / rows.sum(-1).clamp_min(1e-300)
+    assert_same(found["distance"], (mean * seen).sum(-1) / seen.sum(-1).clamp_min(1))
+    for name, most in (("entropy", math.log(length)), ("distance", length - 1.0)):
+        assert_finite(found[name])
+        assert float(found[name].min()) >= -1e-9 and float(found[name].max()) <= most + 1e-9
+    for name in ("sink", "previous", "self", "local"):
+        assert_finite(found[name])
+        assert float(found[name].min()) >= 0 and float(found[name].max()) <= 1 + 1e-9
 
 
 @over("mechanism", lambda s: not s.cls.value_linear)

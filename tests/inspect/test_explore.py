@@ -61,6 +61,12 @@ def test_what_is_shown_is_what_the_model_does(explored: Exploration) -> None:
         with intervene(model, ablate_heads(heads)):
             worse = F.cross_entropy(model(input_ids=short).logits[0, :-1], short[0, 1:])
         assert change == pytest.approx(float(worse - base), abs=1e-4)
+    text = ids[:, 1:129]
+    twice, length = torch.cat((ids[:, :1], text, text), 1), text.shape[1]
+    for heads, gain in (([], explored.repetition), (group.heads, group.repetition)):
+        with intervene(model, ablate_heads(heads)):
+            each = F.cross_entropy(model(input_ids=twice).logits[0, :-1], twice[0, 1:], reduction="none")
+        assert gain == pytest.approx(float(each[1:length].mean() - each[length + 1 :].mean()), abs=1e-4)
 
 
 def test_long_texts_are_cut_and_maps_reduced() -> None:
@@ -97,6 +103,8 @@ def test_an_image_is_shown_by_its_patches() -> None:
     found = explore_image(model, pixels, "data:image/png;base64,AAAA", name="vit")
     side = size // model.config.patch_size
     assert found.patches is not None and found.patches.grid == (side, side) and found.patches.before == 1
+    assert set(found.metrics) == {"entropy", "distance in patches", "own patch", "patches around", "other tokens"}
+    assert set(found.metrics) <= set(METRIC_NOTES) and found.repetition is None
     assert found.tokens[0] == "[CLS]" and found.tokens[1] == "patch 0, 0"
     assert "divergence" in found.measure and all(row >= 0 for layer in found.head_changes for row in layer)
 
@@ -148,4 +156,20 @@ def test_the_command_writes_it(tmp_path: Path) -> None:
     asked = ["inspect", "--text", str(tmp_path / "some.txt"), "--ablate-tokens", "0", "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, asked)
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "out" / "explore.html").stat().st_size > 20_000
+    page = tmp_path / "out" / "explore.html"
+    assert page.stat().st_size > 20_000
+
+
+def test_the_command_gives_the_model_another_attention(tmp_path: Path) -> None:
+    """A window of 8 tokens: no head looks further."""
+    (tmp_path / "some.txt").write_text(TEXT)
+    base = ["inspect", "--text", str(tmp_path / "some.txt"), "--ablate-tokens", "0", "--out", str(tmp_path)]
+    done = CliRunner().invoke(
+        main, [*base, "--mechanism", "sliding_window", "--option", "window=8", "--option", "sinks=0"]
+    )
+    assert done.exit_code == 0, done.output
+    data = json.loads(_element("data", (tmp_path / "explore.html").read_text()))
+    assert data["model"] == "nano with sliding_window"
+    assert max(max(row) for row in data["metrics"]["distance"]) < 8
+    refused = CliRunner().invoke(main, [*base, "--option", "window=8"])
+    assert refused.exit_code != 0 and "--mechanism" in refused.output

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import regard
-from regard.errors import OptionError
+from regard.errors import OptionError, ShapeError
 from regard.inspect.metrics import (
     METRICS,
     HeadSummary,
@@ -17,8 +17,10 @@ from regard.inspect.metrics import (
     attention_entropy,
     head_metrics,
     local_mass,
+    patch_metrics,
     previous_token_mass,
     same_token_mass,
+    shares,
     sink_mass,
     successor_mass,
     summarize_heads,
@@ -49,6 +51,48 @@ def test_one_key_has_no_entropy_and_rows_that_see_nothing_do_not_count() -> None
     assert float(head_metrics(half)["self"]) == 1
 
 
+def test_weights_count_by_their_shares() -> None:
+    """Negative ones by their size, and rows that do not sum to 1 as if they did."""
+    rows = torch.tensor([[[0.5, 0.0, 0.0], [-1.0, 3.0, 0.0], [0.0, 0.0, 0.0]]])
+    expected = torch.tensor([[[1.0, 0.0, 0.0], [0.25, 0.75, 0.0], [0.0, 0.0, 0.0]]])
+    assert torch.equal(shares(rows), expected) and shares(rows.half()).dtype == torch.float32
+    assert float(sink_mass(rows)) == pytest.approx((1 + 0.25) / 2)
+    assert float(attention_entropy(rows)) == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / 2)
+    summary = HeadSummary(3, top=2)
+    summary.add(0, rows)
+    assert torch.equal(summary.top_weights[0, 1], torch.tensor([0.75, 0.25]))
+    assert torch.equal(summary.received[0], torch.tensor([1.25, 0.75, 0.0]))
+
+
+@pytest.mark.parametrize("before", [0, 1, 3])
+def test_metrics_of_patches_by_a_loop(before: int) -> None:
+    """Patches alone are judged, each by where the others lie on the grid."""
+    rows, columns = 3, 4
+    torch.manual_seed(before)
+    weights = torch.randn(2, before + 12, before + 12, dtype=torch.float64).softmax(-1)
+    summary = HeadSummary(before + 12, patch_metrics((rows, columns), before), skip=before)
+    for start in range(0, before + 12, 5):
+        summary.add(start, weights[:, start : start + 5])
+    found = summary.means()
+    assert ("other tokens" in found) == (before > 0)
+    for head in range(2):
+        distance = around = own = other = entropy = 0.0
+        for query in range(12):
+            row = weights[head, before + query].tolist()
+            entropy -= sum(w * math.log(w) for w in row)
+            own, other = own + row[before + query], other + sum(row[:before])
+            apart = [divmod(query, columns)[0] - divmod(key, columns)[0] for key in range(12)]
+            aside = [divmod(query, columns)[1] - divmod(key, columns)[1] for key in range(12)]
+            among = row[before:]
+            distance += sum(w * math.hypot(r, c) for w, r, c in zip(among, apart, aside, strict=True)) / sum(among)
+            around += sum(w for w, r, c in zip(among, apart, aside, strict=True) if max(abs(r), abs(c)) == 1)
+        expected = {"entropy": entropy, "distance in patches": distance, "own patch": own, "patches around": around}
+        for name, total in (expected | ({"other tokens": other} if before else {})).items():
+            assert float(found[name][head]) == pytest.approx(total / 12)
+    with pytest.raises(ShapeError, match="rows, columns"):
+        patch_metrics((3, 0))
+
+
 def test_patterns_of_tokens() -> None:
     tokens = torch.tensor([[1, 2, 3, 1, 2, 4]])
     same, after = torch.zeros(1, 1, 6, 6), torch.zeros(1, 1, 6, 6)
@@ -68,7 +112,9 @@ def test_rows_as_they_come_give_what_the_whole_map_gives() -> None:
         torch.testing.assert_close(found, head_metrics(weights)[name])
     torch.testing.assert_close(summary.received, weights.sum(-2))
     best = weights.topk(4, -1)
-    assert torch.equal(summary.top_keys.long(), best.indices) and torch.equal(summary.top_weights, best.values)
+    assert torch.equal(summary.top_keys.long(), best.indices)
+    # Rows of softmax sum to 1 but for rounding, and are divided by their sum.
+    torch.testing.assert_close(summary.top_weights, best.values, atol=1e-15, rtol=1e-14)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "vit"])

@@ -7,7 +7,7 @@ that it weighs most, of a head a reduced picture of its map and its metrics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,9 +20,9 @@ from regard.errors import OptionError
 from regard.inspect.capture import LayerTrace, capture
 from regard.inspect.intervene import Head, ablate_heads, intervene
 from regard.inspect.loading import model_answer
-from regard.inspect.metrics import HeadSummary
+from regard.inspect.metrics import METRICS, HeadSummary, Metric, patch_metrics, shares
 from regard.inspect.retrieval_heads import text_retrieval_scores
-from regard.inspect.roles import ROLES, head_roles
+from regard.inspect.roles import ROLES, head_roles, repetition_losses
 from regard.retrofit.sites import discover
 
 __all__ = ["Ablation", "Exploration", "Patches", "explore_image", "explore_text"]
@@ -32,6 +32,8 @@ MAP_SIDE = 160
 # Bytes of the keys and weights that the page keeps, over all heads.
 _BUDGET = 24 << 20
 _SHORT = 256
+# Tokens of the text that are written twice.
+_REPEATED = 128
 
 Progress = Callable[[str], None]
 
@@ -39,11 +41,13 @@ Progress = Callable[[str], None]
 @dataclass(frozen=True)
 class Ablation:
     """What the model loses without some heads: ``change`` in nats per token (of the loss, or the divergence from its
-    own predictions where it has no loss)."""
+    own predictions where it has no loss); ``repetition``: nats per token that it gains, then, when the text's beginning
+    is written a second time (:func:`~regard.inspect.roles.repetition_losses`)."""
 
     name: str
     heads: list[Head]
     change: float
+    repetition: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Exploration:
     """One model on one input. ``tokens``: text of each; ``losses`` nats of each but the first, if the model predicts
     the next token. ``metrics``: of heads, ``[layer][head]``. ``keys`` ``(heads, tokens, top)`` int32 and ``weights``
     uint8 (255: all of a query's weight) per layer; ``maps`` ``(heads, side, side)`` uint8 per layer, the root of the
-    weight over the largest of the head. ``measure``: what ablations are measured by."""
+    weight over the largest of the head. ``measure``: what ablations are measured by; ``repetition``: as in
+    :class:`Ablation`, with all heads."""
 
     model: str
     tokens: list[str]
@@ -75,6 +80,7 @@ class Exploration:
     head_changes: list[list[float]] = field(default_factory=list)
     ablations: list[Ablation] = field(default_factory=list)
     measure: str = ""
+    repetition: float | None = None
     patches: Patches | None = None
 
     @property
@@ -99,7 +105,7 @@ def explore_text(
     OptionError for texts of less than 2 tokens.
     """
     start = tokenizer.bos_token_id
-    ids = tokenizer(text, add_special_tokens=start is None)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=start is None, verbose=False)["input_ids"]
     ids = ([] if start is None else [start]) + list(ids)
     if len(ids) > max_tokens:
         progress(f"the text has {len(ids)} tokens; the first {max_tokens} are shown")
@@ -113,7 +119,8 @@ def explore_text(
         return model_answer(model(input_ids=given))
 
     progress(f"attention of {len(ids)} tokens")
-    found, logits = _look(model, partial(run, tokens), name, [_shown(tokenizer, i) for i in ids], causal)
+    found, logits = _look(model, partial(run, tokens), name, [_shown(tokenizer, i) for i in ids], causal, _of_text)
+    repetition: Callable[[], float] | None = None
     if causal:
         each = F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="none")
         found.losses = [round(value, 3) for value in each.tolist()]
@@ -128,9 +135,11 @@ def explore_text(
         # A model that finds no needle has no heads that are known to.
         if len(retrieval.by_context):
             found.metrics["retrieval"] = _listed(retrieval.scores)
+        if len(ids) > 2 + (start is not None):
+            repetition = partial(_repetition_gain, run, tokens[:, start is not None :][:, :_REPEATED], prefix)
     if ablate_tokens:
         short = tokens[:, :ablate_tokens]
-        _ablate(model, partial(run, short), found, _next_token_loss(short) if causal else None, progress)
+        _ablate(model, partial(run, short), found, _next_token_loss(short) if causal else None, repetition, progress)
     return found
 
 
@@ -151,14 +160,14 @@ def explore_image(
     def run() -> Tensor:
         return model_answer(model(pixel_values=pixels))
 
-    found, _ = _look(model, run, name, None, causal=False)
-    count, ratio = len(found.tokens), pixels.shape[-2] / pixels.shape[-1]
-    grid, before = _grid(count, ratio)
+    ratio = pixels.shape[-2] / pixels.shape[-1]
+    found, _ = _look(model, run, name, None, False, partial(_of_patches, ratio))
+    grid, before = _grid(len(found.tokens), ratio)
     rows = [f"patch {r}, {c}" for r in range(grid[0]) for c in range(grid[1])]
     found.tokens = [*(("[CLS]", *(f"[register {i}]" for i in range(1, before)))[:before]), *rows]
     found.patches = Patches(grid, before, picture)
     if ablate:
-        _ablate(model, run, found, None, progress)
+        _ablate(model, run, found, None, None, progress)
     return found
 
 
@@ -174,21 +183,37 @@ def _grid(count: int, ratio: float) -> tuple[tuple[int, int], int]:
     raise OptionError(f"{count} tokens are no grid of patches of an image with sides {ratio:.2f} : 1.")
 
 
+def _of_text(tokens: int) -> tuple[Mapping[str, Metric], int]:
+    """The metrics of heads, and how many queries at the beginning they leave out."""
+    return METRICS, 0
+
+
+def _of_patches(ratio: float, tokens: int) -> tuple[Mapping[str, Metric], int]:
+    grid, before = _grid(tokens, ratio)
+    return patch_metrics(grid, before), before
+
+
 def _look(
-    model: nn.Module, run: Callable[[], Tensor], name: str, tokens: list[str] | None, causal: bool
+    model: nn.Module,
+    run: Callable[[], Tensor],
+    name: str,
+    tokens: list[str] | None,
+    causal: bool,
+    judged: Callable[[int], tuple[Mapping[str, Metric], int]],
 ) -> tuple[Exploration, Tensor]:
     def summarize(layer: LayerTrace) -> tuple[HeadSummary, Tensor] | None:
         queries = layer.queries_seen
         # All keys of a short input, and of a long one as many as the budget allows; a key and its weight are 3 bytes.
         most = queries if queries <= _SHORT else 24
         top = max(4, min(most, _BUDGET // (3 * queries * max(expected, 1))))
-        summary, picture = HeadSummary(queries, top=min(top, queries)), None
+        metrics, skip = judged(queries)
+        summary, picture = HeadSummary(queries, metrics, top=min(top, queries), skip=skip), None
         side = min(MAP_SIDE, queries)
         for start, weights in layer.weight_rows(128):
             if weights.shape[-1] != queries or weights.shape[0] != 1:
                 return None
             summary.add(start, weights)
-            picture = _reduced(picture, weights[0], start, queries, side)
+            picture = _reduced(picture, shares(weights[0]), start, queries, side)
         return None if picture is None else (summary, picture)
 
     expected = sum(site.context["num_heads"] for site in discover(model))
@@ -239,6 +264,11 @@ def _bytes(picture: Tensor) -> Tensor:
     return (share * 255).round().to(torch.uint8)
 
 
+def _repetition_gain(run: Callable[[Tensor], Tensor], tokens: Tensor, prefix: Tensor | None) -> float:
+    first, second = repetition_losses(run, tokens, prefix)
+    return round(first - second, 5)
+
+
 def _next_token_loss(tokens: Tensor) -> Callable[[Tensor], float]:
     return lambda logits: float(F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:]))
 
@@ -249,9 +279,11 @@ def _ablate(
     run: Callable[[], Tensor],
     found: Exploration,
     loss: Callable[[Tensor], float] | None,
+    repetition: Callable[[], float] | None,
     progress: Progress,
 ) -> None:
     """What switching off each head, each layer and each role does."""
+    found.repetition = None if repetition is None else repetition()
     own = run()
     if loss is None:
         target = own.float().log_softmax(-1)
@@ -293,7 +325,11 @@ def _ablate(
     groups["the quarter that matter least"] = [head for _, head in order[-quarter:]]
     for name, chosen in groups.items():
         progress(f"without {name}")
-        found.ablations.append(Ablation(name, chosen, without(chosen)))
+        gain = None
+        if repetition is not None:
+            with intervene(model, ablate_heads(chosen)):
+                gain = repetition()
+        found.ablations.append(Ablation(name, chosen, without(chosen), gain))
 
 
 def _listed(values: Tensor) -> list[list[float]]:

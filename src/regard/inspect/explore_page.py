@@ -28,6 +28,10 @@ METRIC_NOTES = {
     "previous": "Weight on the token before.",
     "self": "Weight on the token itself.",
     "local": "Weight within 16 tokens.",
+    "distance in patches": "How far a patch looks: mean Euclidean distance, in patches.",
+    "own patch": "Weight of a patch on itself.",
+    "patches around": "Weight of a patch on the eight around it.",
+    "other tokens": "Weight of a patch on the class token and registers.",
     "previous, repeated tokens": "Weight on the token before, in random tokens written twice.",
     "duplicate, repeated tokens": "Weight on the same token's first place, in random tokens written twice.",
     "induction, repeated tokens": "Weight on what followed the same token, in random tokens written twice.",
@@ -54,9 +58,16 @@ def render_explore(found: Exploration) -> str:
         "roles": found.roles,
         "roleNotes": ROLES,
         "ablations": [
-            {"name": ablation.name, "heads": ablation.heads, "change": ablation.change} for ablation in found.ablations
+            {
+                "name": ablation.name,
+                "heads": ablation.heads,
+                "change": ablation.change,
+                "repetition": ablation.repetition,
+            }
+            for ablation in found.ablations
         ],
         "measure": found.measure,
+        "repetition": found.repetition,
         "causal": found.causal,
         "patches": None
         if found.patches is None

@@ -1,14 +1,18 @@
 """What one head's attention is like, in numbers: functions of attention weights ``(..., q_len, k_len)``.
 
-Each gives one number per head, ``(...)``, averaged over the queries that see anything; ``rows`` is the place of the
-first query among all (for weights that come in rows, :meth:`regard.inspect.capture.LayerTrace.weight_rows`), and
-queries stand where keys stand, the last at the last key. :func:`head_metrics` takes all of them in one pass.
+Each gives one number per head, ``(...)``, averaged over the queries that see anything. Queries stand where keys stand,
+the last at the last key. :func:`head_metrics` takes all of them in one pass, :func:`summarize_heads` from weights that
+come in rows (:meth:`regard.inspect.capture.LayerTrace.weight_rows`).
+
+A query's weights are read as shares: each without its sign, over their sum. Those of softmax are shares already; of
+mechanisms whose implied weights may be negative or do not sum to 1, this is what makes their heads comparable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,15 +28,17 @@ __all__ = [
     "head_metrics",
     "js_divergence",
     "local_mass",
+    "patch_metrics",
     "previous_token_mass",
     "same_token_mass",
+    "shares",
     "sink_mass",
     "successor_mass",
     "summarize_heads",
 ]
 
 Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(weights (..., rows, k_len), query places (rows,), key places (k_len,)) -> (..., rows)``."""
+"""``(shares (..., rows, k_len), query places (rows,), key places (k_len,)) -> (..., rows)``."""
 
 
 def _entropy(weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -71,6 +77,44 @@ METRICS: dict[str, Metric] = {
 before, on the own key, and within 16 keys (0 to 1)."""
 
 
+def patch_metrics(grid: Sequence[int], before: int = 1) -> dict[str, Metric]:
+    """Metrics of images, for :class:`HeadSummary` with ``skip=before``: patches ``grid`` (rows, columns) stand row by
+    row after ``before`` other tokens (class token, registers).
+
+    Entropy in nats; mean Euclidean distance in patches, 0 to the grid's diagonal, among the patches attended to
+    (Dosovitskiy et al., 2020, arXiv 2010.11929, section 4.5); weight on the own patch, on the eight around it, and on
+    the tokens before the patches, 0 to 1.
+    """
+    if len(grid) != 2 or min(grid) < 1 or before < 0:
+        raise ShapeError(f"grid is (rows, columns) of patches, and before counts tokens; got {tuple(grid)}, {before}.")
+    place = torch.cartesian_prod(*(torch.arange(side) for side in grid)).view(-1, 2)
+
+    def offsets(query: Tensor) -> Tensor:
+        at = place.to(query.device)
+        return (at[(query - before).clamp_min(0)][:, None] - at).abs()
+
+    def distance(weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        mass = weights[..., before:]
+        far = offsets(query).to(mass.dtype).square().sum(-1).sqrt()
+        return (mass * far).sum(-1) / mass.sum(-1).clamp_min(torch.finfo(mass.dtype).tiny)
+
+    def around(weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (weights[..., before:] * (offsets(query).amax(-1) == 1)).sum(-1)
+
+    def beside(weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return weights[..., :before].sum(-1)
+
+    found: dict[str, Metric] = {
+        "entropy": _entropy,
+        "distance in patches": distance,
+        "own patch": _self,
+        "patches around": around,
+    }
+    if before:
+        found["other tokens"] = beside
+    return found
+
+
 def _mean(name: str, weights: Tensor) -> Tensor:
     return head_metrics(weights, (name,))[name]
 
@@ -101,8 +145,9 @@ def previous_token_mass(weights: Tensor) -> Tensor:
 def local_mass(weights: Tensor, window: int = 16) -> Tensor:
     """Mean weight on keys less than ``window`` tokens away, 0 to 1: what a sliding window of that size would keep
     (Beltagy et al., "Longformer", 2020, arXiv 2004.05150, section 3.1)."""
-    query, key = _places(weights, 0, weights.shape[-2])
-    return _over_rows(_local(weights, query, key, window), weights)
+    summary = HeadSummary(weights.shape[-2], {"local": partial(_local, window=window)})
+    summary.add(0, weights)
+    return summary.means()["local"]
 
 
 def same_token_mass(weights: Tensor, tokens: Tensor) -> Tensor:
@@ -141,9 +186,16 @@ def _over_pairs(weights: Tensor, pairs: Tensor) -> Tensor:
             f"weights (batch, heads, length, length) go with tokens (batch, length); got {tuple(weights.shape)} and "
             f"{tuple(pairs.shape[:2])}."
         )
-    mass = (weights * pairs[:, None]).sum(-1)
+    mass = (shares(weights) * pairs[:, None]).sum(-1)
     counted = pairs.any(-1)[:, None].expand_as(mass)
     return (mass * counted).sum(-1) / counted.sum(-1).clamp_min(1)
+
+
+def shares(weights: Tensor) -> Tensor:
+    """Rows of ``(..., q_len, k_len)`` without signs, over their sums, in at least float32; 0 where nothing is seen."""
+    wide = weights.abs()
+    wide = wide.float() if weights.dtype in (torch.float16, torch.bfloat16) else wide
+    return wide / wide.sum(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
 
 
 def head_metrics(weights: Tensor, names: tuple[str, ...] = tuple(METRICS)) -> dict[str, Tensor]:
@@ -157,13 +209,14 @@ def head_metrics(weights: Tensor, names: tuple[str, ...] = tuple(METRICS)) -> di
 class HeadSummary:
     """Metrics of one layer, from rows of weights as they come; and the keys that each query weighs most.
 
-    ``top``: how many of these to keep, in ``top_keys`` ``(..., q_len, top)`` int32 and ``top_weights``, the largest
-    first.
+    ``top``: how many of these to keep, in ``top_keys`` ``(..., q_len, top)`` int32 and ``top_weights``, their shares,
+    the largest first. ``skip``: queries at the beginning that metrics leave out.
     """
 
     queries: int
     metrics: Mapping[str, Metric] = field(default_factory=lambda: dict(METRICS))
     top: int = 0
+    skip: int = 0
     _sums: dict[str, Tensor] = field(default_factory=dict, repr=False)
     _rows: Tensor | None = field(default=None, repr=False)
     _received: Tensor | None = field(default=None, repr=False)
@@ -173,8 +226,8 @@ class HeadSummary:
     def add(self, start: int, weights: Tensor) -> None:
         """Rows ``start`` onwards, ``(..., rows, k_len)``."""
         query, key = _places(weights, start, self.queries)
-        seen = weights.sum(-1) > 0
-        wide = weights.float() if weights.dtype in (torch.float16, torch.bfloat16) else weights
+        wide = shares(weights)
+        seen = (wide.sum(-1) > 0) & (torch.arange(start, start + wide.shape[-2], device=wide.device) >= self.skip)
         for name, metric in self.metrics.items():
             total = (metric(wide, query, key) * seen).sum(-1)
             self._sums[name] = total if name not in self._sums else self._sums[name] + total
@@ -194,7 +247,7 @@ class HeadSummary:
 
     @property
     def received(self) -> Tensor:
-        """Weight that each key receives from all queries, ``(..., k_len)``."""
+        """Shares that each key receives from all queries, ``(..., k_len)``."""
         if self._received is None:
             raise ShapeError("No rows were added yet.")
         return self._received
@@ -226,8 +279,3 @@ def _places(weights: Tensor, start: int, queries: int) -> tuple[Tensor, Tensor]:
     key = torch.arange(weights.shape[-1], device=weights.device)
     first = start + weights.shape[-1] - queries
     return torch.arange(first, first + weights.shape[-2], device=weights.device), key
-
-
-def _over_rows(values: Tensor, weights: Tensor) -> Tensor:
-    seen = weights.sum(-1) > 0
-    return (values * seen).sum(-1) / seen.sum(-1).clamp_min(1)
