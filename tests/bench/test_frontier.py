@@ -14,7 +14,8 @@ import regard
 from regard.bench import frontier as module
 from regard.bench.frontier import BASELINES, Frontier, Plan, Point, Setting, frontier, settings_of
 from regard.bench.frontier_picture import draw_frontier
-from regard.cli import frontier_table, main
+from regard.cli import main
+from regard.cli.compare import frontier_table
 from regard.errors import FileFormatError, OptionError
 from regard.local.sliding_window import SlidingWindowAttention
 from regard.masks import Causal
