@@ -24,6 +24,7 @@ from regard.inspect.explore_page import METRIC_NOTES, render_explore, write_expl
 from regard.inspect.intervene import ablate_heads, intervene
 from regard.inspect.metrics import head_metrics
 from regard.models.nano import load_nano, load_tokenizer
+from regard.models.vit import VisionTransformer
 from tests.retrofit.small_models import t5, vit
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -107,6 +108,15 @@ def test_an_image_is_shown_by_its_patches() -> None:
     assert set(found.metrics) <= set(METRIC_NOTES) and found.repetition is None
     assert found.tokens[0] == "[CLS]" and found.tokens[1] == "patch 0, 0"
     assert "divergence" in found.measure and all(row >= 0 for layer in found.head_changes for row in layer)
+
+
+def test_an_image_in_a_model_of_this_library() -> None:
+    """It takes images without a name."""
+    torch.manual_seed(0)
+    model = VisionTransformer((8, 16), 2, 1, 5, embed_dim=12, depth=2, num_heads=3).eval()
+    found = explore_image(model, torch.randn(1, 1, 8, 16), "data:image/png;base64,AAAA")
+    assert found.patches is not None and found.patches.grid == (4, 8) and found.patches.before == 1
+    assert found.heads == [3, 3] and len(found.head_changes) == 2
 
 
 def _of_both(model: torch.nn.Module) -> torch.nn.Module:

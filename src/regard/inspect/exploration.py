@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -152,13 +153,15 @@ def explore_image(
     ablate: bool = True,
     progress: Progress = lambda line: None,
 ) -> Exploration:
-    """A vision transformer of transformers on one image ``(1, channels, height, width)``, as its processor gives it.
+    """A vision transformer on one image ``(1, channels, height, width)``, as its processor gives it: one of
+    transformers, or one that takes images alone, such as :class:`regard.models.vit.VisionTransformer`.
 
     picture: the image to show, as a ``data:`` address.
     """
+    named = "pixel_values" in signature(model.forward).parameters
 
     def run() -> Tensor:
-        return model_answer(model(pixel_values=pixels))
+        return model_answer(model(pixel_values=pixels) if named else model(pixels))
 
     ratio = pixels.shape[-2] / pixels.shape[-1]
     found, _ = _look(model, run, name, None, False, partial(_of_patches, ratio))
