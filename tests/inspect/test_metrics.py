@@ -134,6 +134,22 @@ def test_a_model_is_summarised_without_its_maps(family: str, implementation: str
         next(iter(rows[0].weight_rows()))
 
 
+@pytest.mark.parametrize("kind", ["gptj", "bloom", "deberta-v2"])
+def test_models_that_cannot_be_watched_give_their_own_maps(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    own = {"gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "bloom": {"n_layer": 2, "n_head": 4}}
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[kind](vocab_size=40, **(shape | own.get(kind, {})))
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        maps = torch.stack(model(torch.arange(2, 14)[None], output_attentions=True).attentions)
+    found = head_metrics(maps)
+    assert found["entropy"].shape == (2, 1, 4)
+    rows = torch.special.entr(maps.double()).sum(-1).mean(-1).float()
+    torch.testing.assert_close(found["entropy"], rows, atol=1e-5, rtol=1e-5)
+
+
 def test_every_metric_has_its_range() -> None:
     torch.manual_seed(1)
     weights = torch.randn(4, 20, 20).masked_fill(~torch.ones(20, 20).tril().bool(), -torch.inf).softmax(-1)
