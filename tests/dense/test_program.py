@@ -234,6 +234,9 @@ def test_tuning_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(
         other(query, key, value), program(mine.score_mod, rowwise="sigmoid", backend="eager")(query, key, value)
     )
+    # Another function of the same name is not what was measured.
+    steeper = program(lambda s, b, h, q, k: s - 2 * (q - k).abs(), rowwise="sigmoid")
+    assert "measured" not in steeper.executor(query, key, value)
     # What a crash left of the file is measured again.
     tuning_file().write_text('{"program": {')
     assert records() == {}

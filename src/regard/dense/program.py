@@ -17,6 +17,7 @@ tells.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -160,8 +161,8 @@ class Program(Mechanism):
             key,
             value,
             rowwise=self.rowwise.name,
-            score_mod=_name(self.score_mod),
-            mask=_name(self.mask_mod) if self.mask_mod is not None else type(call.mask).__name__,
+            score_mod=_kind(self.score_mod),
+            mask=_kind(self.mask_mod) if self.mask_mod is not None else type(call.mask).__name__,
         )
 
     def call(self, query: Tensor, key: Tensor, request: Request) -> ProgramCall:
@@ -201,6 +202,16 @@ def _name(what: Any) -> str:
     if what is None:
         return "none"
     return getattr(what, "__qualname__", None) or type(what).__name__
+
+
+def _kind(what: Any) -> str:
+    """What measurements of a function are kept under: its name, and what it does, since lambdas share names."""
+    code = getattr(what, "__code__", None)
+    if code is None:
+        return _name(what)
+    constants = [constant for constant in code.co_consts if not hasattr(constant, "co_code")]
+    does = hashlib.sha256(code.co_code + repr((code.co_names, constants)).encode()).hexdigest()[:8]
+    return f"{_name(what)} {does}"
 
 
 def program(
