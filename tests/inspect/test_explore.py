@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +20,14 @@ from click.testing import CliRunner
 import regard
 from regard.cli import main
 from regard.errors import OptionError
-from regard.inspect.exploration import Exploration, explore_image, explore_text
+from regard.inspect.exploration import explore_image, explore_text
 from regard.inspect.explore_page import METRIC_NOTES, render_explore, write_explore
 from regard.inspect.intervene import ablate_heads, intervene
 from regard.inspect.metrics import head_metrics
+from regard.inspect.observation import Exploration
 from regard.models.nano import load_nano, load_tokenizer
 from regard.models.vit import VisionTransformer
-from tests.retrofit.small_models import t5, vit
+from tests.retrofit.small_models import vit
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TEXT = "def area(radius):\n    return 3 * radius ** 2  # </script> <b>\n\n\ndef area(side):\n    return side ** 2\n"
@@ -44,7 +46,8 @@ def test_what_is_shown_is_what_the_model_does(explored: Exploration) -> None:
     with regard.capture(model) as trace:
         logits = model(input_ids=ids).logits
     losses = F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
-    torch.testing.assert_close(torch.tensor(explored.losses), losses, atol=1e-3, rtol=0)
+    assert explored.losses[0] is None
+    torch.testing.assert_close(torch.tensor(explored.losses[1:]), losses, atol=1e-3, rtol=0)
     for place, layer in enumerate(trace):
         assert layer.weights is not None
         best = layer.weights[0].topk(explored.keys[place].shape[-1], -1)
@@ -119,28 +122,60 @@ def test_an_image_in_a_model_of_this_library() -> None:
     assert found.heads == [3, 3] and len(found.head_changes) == 2
 
 
-def _of_both(model: torch.nn.Module) -> torch.nn.Module:
-    """A model of encoder and decoder that takes ``input_ids`` alone."""
+def _translator() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=len(load_tokenizer()), decoder_start_token_id=0, eos_token_id=1, **shape)
+    return transformers.T5ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
 
-    class Both(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
 
-        def forward(self, input_ids: torch.Tensor) -> object:
-            few = input_ids % 30
-            return self.inner(input_ids=few, decoder_input_ids=few[:, :5])
+@torch.no_grad()
+def test_a_decoder_looks_at_what_the_encoder_reads() -> None:
+    model, tokenizer = _translator(), load_tokenizer()
+    second = "the area of a disc"
+    found = explore_text(model, tokenizer, TEXT, second, ablate_tokens=4)
+    source = torch.tensor([tokenizer(TEXT)["input_ids"]])
+    target = torch.tensor([[0, *tokenizer(second)["input_ids"]]])
+    n, m = source.shape[1], target.shape[1]
+    kinds = [(span.name, span.queries, span.keys) for span in found.spans]
+    assert kinds[1:4] == [("encoder 1", (0, n), (0, n)), ("decoder 0", (n, m), (n, m)), ("cross 0", (n, m), (0, n))]
+    out = model(input_ids=source, decoder_input_ids=target, output_attentions=True)
+    theirs = {0: out.encoder_attentions[0], 2: out.decoder_attentions[0], 5: out.cross_attentions[1]}
+    for layer, maps in theirs.items():
+        best = maps[0].topk(found.keys[layer].shape[-1], -1)
+        torch.testing.assert_close(found.weights[layer].float() / 255, best.values, atol=0.003, rtol=0)
+        assert found.maps[layer].shape == maps.shape[1:]
+    losses = F.cross_entropy(out.logits[0, :-1], target[0, 1:], reduction="none")
+    assert found.losses[: n + 1] == [None] * (n + 1)
+    torch.testing.assert_close(torch.tensor(found.losses[n + 1 :]), losses, atol=1e-3, rtol=0)
+    assert found.metrics["distance"][3] == [None, None] and None not in found.metrics["entropy"][3]
+    assert {group.name for group in found.ablations} >= {"cross 1", "all encoder layers", "all cross layers"}
+    written = explore_text(model, tokenizer, TEXT, ablate_tokens=0)
+    assert "".join(written.tokens[n:]) == tokenizer.decode(
+        model.generate(source, max_new_tokens=64, do_sample=False)[0]
+    )
 
-    return Both()
+
+def test_an_encoder_reads_two_texts() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=len(load_tokenizer()), **shape)).eval()
+    found = explore_text(model, load_tokenizer(), "one text", " and another", ablate_tokens=8)
+    assert "".join(found.tokens) == "one text and another" and not found.causal and not found.losses
+    with pytest.raises(OptionError, match="left to right"):
+        explore_text(load_nano(), load_tokenizer(), "one", "another")
 
 
 def test_what_cannot_be_shown_is_refused() -> None:
     tokenizer = load_tokenizer()
     with pytest.raises(OptionError, match="two tokens"):
         explore_text(load_nano(), tokenizer, "")
-    model = t5()
-    with pytest.raises(OptionError, match="encoder and decoder"):
-        explore_text(_of_both(model), tokenizer, TEXT)
+    model = vit()
+    size = model.config.image_size
+    with pytest.raises(OptionError, match="one sequence"):
+        explore_image(model, torch.randn(2, 3, size, size), "data:image/png;base64,AAAA")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no browser here")

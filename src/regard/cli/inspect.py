@@ -19,6 +19,11 @@ from regard.errors import OptionError
     help="Text to look at [default: held-out source of the standard library].",
 )
 @click.option(
+    "--second",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Second text: of a pair, or what a decoder writes [default: what it writes by itself].",
+)
+@click.option(
     "--image", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Image, for a vision model."
 )
 @click.option("--max-tokens", default=1024, show_default=True, type=click.IntRange(2, 16384), help="Of the text.")
@@ -31,6 +36,7 @@ from regard.errors import OptionError
 def inspect_command(
     model: str,
     text: Path | None,
+    second: Path | None,
     image: Path | None,
     max_tokens: int,
     mechanism: str | None,
@@ -44,8 +50,8 @@ def inspect_command(
     from regard.inspect.loading import load_image, load_text_model, load_vision_model
     from regard.retrofit import retrofit
 
-    if text is not None and image is not None:
-        raise OptionError("Give --text or --image, one of the two.")
+    if image is not None and (text is not None or second is not None):
+        raise OptionError("Give texts or --image, one of the two.")
     if settings and mechanism is None:
         raise OptionError("--option sets options of a mechanism: name it with --mechanism.")
     name = Path(model).name if mechanism is None else f"{Path(model).name} with {mechanism}"
@@ -64,6 +70,7 @@ def inspect_command(
                 network,
                 reader,
                 given,
+                None if second is None else second.read_text(encoding="utf-8"),
                 name=name,
                 max_tokens=max_tokens,
                 ablate_tokens=ablate_tokens,

@@ -10,13 +10,14 @@ import base64
 import html
 import json
 import zlib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from regard.inspect.exploration import Exploration
+from regard.inspect.observation import Exploration
 from regard.inspect.roles import ROLES
 
 __all__ = ["METRIC_NOTES", "render_explore", "write_explore"]
@@ -43,16 +44,17 @@ _PLACES = {"title": "__TITLE__", "data": "__DATA__", "blocks": "__BLOCKS__"}
 
 def render_explore(found: Exploration) -> str:
     """The page as HTML text."""
-    metrics = dict(found.metrics)
+    metrics: dict[str, Sequence[Sequence[float | None]]] = dict(found.metrics)
     if found.head_changes:
         metrics["ablation"] = found.head_changes
     data = {
         "model": found.model,
         "tokens": found.tokens,
         "losses": found.losses,
+        "spans": [{"name": span.name, "queries": span.queries, "keys": span.keys} for span in found.spans],
         "heads": found.heads,
         "top": [keys.shape[-1] for keys in found.keys],
-        "side": [picture.shape[-1] for picture in found.maps],
+        "sides": [tuple(picture.shape[-2:]) for picture in found.maps],
         "metrics": metrics,
         "notes": {name: METRIC_NOTES.get(name, "") for name in metrics},
         "roles": found.roles,

@@ -17,8 +17,8 @@ _TYPES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp"
 
 
 def load_text_model(name: str = "nano") -> tuple[nn.Module, Any]:
-    """A language model in float32 and evaluation mode, and its tokenizer: causal if it is made so, else masked, else
-    its bare encoder. Raises MissingExtraError without transformers, FileFormatError where there is no such model."""
+    """A language model in float32 and evaluation mode, and its tokenizer: causal if it is made so, of encoder and
+    decoder, or masked; else its bare encoder. Raises MissingExtraError without transformers, FileFormatError where there is no such model."""
     if name == "nano":
         from regard.models.nano import load_nano, load_tokenizer
 
@@ -29,6 +29,7 @@ def load_text_model(name: str = "nano") -> tuple[nn.Module, Any]:
         made = " ".join(getattr(config, "architectures", None) or [])
         kind = "AutoModelForCausalLM" if "CausalLM" in made or "LMHead" in made else "AutoModel"
         kind = "AutoModelForMaskedLM" if "MaskedLM" in made else kind
+        kind = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else kind
         model = getattr(transformers, kind).from_pretrained(name, dtype=torch.float32)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
