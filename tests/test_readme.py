@@ -33,8 +33,9 @@ def test_python_snippets_run_in_order() -> None:
 def test_snippets_of_the_page_on_looking_inside_run() -> None:
     pytest.importorskip("transformers")
     page = (Path(__file__).parents[1] / "docs" / "inspect.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
     for snippet in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(compile(snippet, "inspect.md", "exec"), {})
+        exec(compile(snippet, "inspect.md", "exec"), names)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "regard"], ids=lambda c: " ".join(c[:3]))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import regard
 from regard.errors import OptionError, ShapeError
@@ -25,6 +25,7 @@ from regard.inspect.intervene import ablate_heads, intervene, patch_inputs, set_
 from regard.inspect.metrics import sink_mass
 from regard.models.active_dormant_heads import BackcopyTransformer
 from regard.models.attention_only import AttentionOnlyModel
+from regard.nn import MultiHeadAttention
 from regard.train.active_dormant_heads import backcopy_losses, backcopy_optimizer, train_backcopy
 
 
@@ -119,6 +120,14 @@ def test_metrics_are_the_loops_that_define_them() -> None:
     assert float(sink_strength(maps, k, mask)[layer, head]) == mean(strength)
     assert float(sink_logit_gap(scores, k, mask)[layer, head]) == mean(gaps)
     assert float(dormancy(maps, {"some": mask}, k)["some"][layer, head]) == mean(active)
+    # A query that does not see the sink, or nothing else, has no gap.
+    windowed = scores.clone()
+    windowed[:, 0, :, 1, k], windowed[:, 1, :, 5, :k], windowed[:, 1, :, 5, k + 1 :] = 3 * [float("-inf")]
+    gaps = []
+    for b, q in ((b, q) for b in range(2) for q in range(1, 6) if (b, q) not in ((0, 1), (1, 5))):
+        others = [float(scores[layer, b, head, q, j]) for j in range(q + 3) if j != k]
+        gaps.append(float(scores[layer, b, head, q, k]) - sum(others) / len(others))
+    assert float(sink_logit_gap(windowed, k)[layer, head]) == mean(gaps)
     # Logits and logarithms of weights differ by a constant in each row.
     assert torch.allclose(sink_logit_gap(scores + torch.randn(3, 2, 4, 6, 1).double(), k), sink_logit_gap(scores, k))
     norms = values[layer, :, head].norm(dim=-1)
@@ -151,6 +160,13 @@ def test_dormancy_by_domain_tells_which_heads_switch() -> None:
     found = dormancy(maps, {"one": torch.tensor([True, False]), "two": torch.tensor([False, True])})
     assert found["one"].tolist() == [0, 1] and found["two"].tolist() == [1, 1]
     assert active_dormant_heads(found).tolist() == [True, False]
+    # The bounds themselves count; heads in between do not.
+    activity = {"one": torch.tensor([0.3, 0.7, 0.31, 0.3]), "two": torch.tensor([0.7, 0.3, 0.7, 0.69])}
+    assert active_dormant_heads(activity).tolist() == [True, True, False, False]
+    # Weights of both signs do not cancel.
+    signed = torch.zeros(1, 1, 3, 3)
+    signed[..., 1], signed[..., 2] = 0.5, -0.5
+    assert dormancy(signed, {"all": torch.ones(1, dtype=torch.bool)})["all"].tolist() == [1]
     # A row of zeros is at rest, sink or not.
     assert dormancy(torch.zeros(1, 1, 3, 3), {"all": torch.ones(1, dtype=torch.bool)})["all"].tolist() == [0]
 
@@ -247,6 +263,13 @@ def test_the_report_reads_any_decoder(family: str) -> None:
     assert torch.allclose(report.drain, value_drain(trace.stack("values")).repeat_interleave(groups, -1))
     # transformers norms the last of these states.
     assert torch.allclose(report.peak[:-1], residual_peak(torch.stack(states[:-1])))
+    norm = model.transformer.ln_f if family == "gpt2" else model.model.norm
+    leaving: list[Tensor] = []
+    handle = norm.register_forward_pre_hook(lambda module, args: leaving.append(args[0]))
+    with torch.no_grad():
+        model(tokens)
+    handle.remove()
+    assert torch.allclose(report.peak[-1], residual_peak(leaving[0])) and report.peak[-1] != report.peak[-2]
     with torch.no_grad():
         scores = trace[0].queries @ trace[0].keys.repeat_interleave(groups, 1).mT / trace[0].keys.shape[-1] ** 0.5
     scores = scores.masked_fill(maps[0] == 0, float("-inf"))
@@ -280,8 +303,65 @@ def test_padding_is_left_out_of_a_report() -> None:
     )
     for name in ("sink", "drain", "logit_gap", "peak"):
         assert torch.allclose(getattr(whole, name), getattr(cut, name), atol=1e-5), name
+    # Both masks hold: padding stays out where queries are chosen.
+    chosen = torch.rand(1, 13, generator=generator()) > 0.5
+    both = extreme_token_report(model, {"input_ids": tokens, "attention_mask": mask}, query_mask=chosen)
+    assert bool(chosen[:, 9:].any())
+    assert torch.allclose(both.sink, extreme_token_report(model, tokens[:, :9], query_mask=chosen[:, :9]).sink)
     with pytest.raises(OptionError, match="right"):
         extreme_token_report(model, {"input_ids": tokens, "attention_mask": mask.flip(1)})
+    with pytest.raises(ShapeError, match="query_mask"):
+        extreme_token_report(model, {"input_ids": tokens, "attention_mask": mask}, query_mask=chosen[:, :9])
+    with pytest.raises(ShapeError, match=r"\(1, 13\)"):
+        extreme_token_report(model, tokens, query_mask=torch.ones(1, 14, dtype=torch.bool))
+    with pytest.raises(OptionError, match="0 to 12"):
+        extreme_token_report(model, {"input_ids": tokens, "attention_mask": mask}, k=13)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Encoder(nn.Module):
+    """One layer that sees both ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.blocks = nn.ModuleList([MultiHeadAttention(8, 2)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.blocks[0](self.embed(ids))
+
+
+@pytest.mark.paper("active_dormant_heads")
+def test_queries_of_an_encoder_see_later_keys_too() -> None:
+    torch.manual_seed(0)
+    model, tokens = Encoder(), torch.randint(0, 20, (2, 300))
+    report = extreme_token_report(model, tokens)
+    with regard.capture(model, "weights") as trace, torch.no_grad():
+        model(tokens)
+    logs = trace.stack("weights").log().double()
+    others = (logs[..., 1:].sum(-1)) / 299
+    assert torch.allclose(report.logit_gap, (logs[..., 0] - others)[..., 1:].mean((1, 3)).float(), atol=1e-5)
+    small = pytest.importorskip("tests.retrofit.small_models")
+    with pytest.raises(OptionError, match="encoder and decoder"):
+        extreme_token_report(small.FAMILIES["t5"](), tokens)
+
+
+@pytest.mark.paper("active_dormant_heads")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
+    # Sums of these leave float16's range, and of half precision's steps.
+    values = (100 * torch.randn(2, 3, 4000, 5, generator=generator())).to(dtype)
+    values[..., 0, :] *= 3
+    drain, peak = value_drain(values), residual_peak(values[:, 0])
+    assert drain.dtype == peak.dtype == torch.float32
+    assert torch.allclose(drain, value_drain(values.double()).float()) and bool((drain > 1).all())
+    assert torch.allclose(peak, residual_peak(values[:, 0].double()).float())
+    maps = causal_maps(2, 3, 700, 700).to(dtype)
+    masks = {"all": torch.ones(2, dtype=torch.bool)}
+    assert torch.allclose(sink_strength(maps).double(), sink_strength(maps.double()))
+    assert torch.allclose(dormancy(maps, masks)["all"].double(), dormancy(maps.double(), masks)["all"])
+    scores = (8 * torch.randn(2, 3, 700, 700, generator=generator())).to(dtype)
+    assert torch.allclose(sink_logit_gap(scores).double(), sink_logit_gap(scores.double()), atol=1e-5)
 
 
 @pytest.mark.paper("active_dormant_heads")
@@ -338,6 +418,9 @@ def test_optimisers_and_mistakes() -> None:
     assert isinstance(backcopy_optimizer(model, "adam"), torch.optim.AdamW)
     descent = backcopy_optimizer(model, "sgd")
     assert isinstance(descent, torch.optim.SGD) and descent.defaults["momentum"] == 0.9
+    adam = backcopy_optimizer(model).defaults
+    assert adam["lr"] == 3e-4 and adam["betas"] == (0.9, 0.99) and descent.defaults["lr"] == 0.03
+    assert backcopy_optimizer(model, lr=0.0).defaults["lr"] == 0
     with pytest.raises(OptionError, match="adam"):
         backcopy_optimizer(model, "rmsprop")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="relu"):
@@ -354,8 +437,24 @@ def test_optimisers_and_mistakes() -> None:
         bigram_transition("aab", 4)
     with pytest.raises(OptionError, match="sink"):
         sink_strength(torch.ones(1, 1, 3, 3), 3)
+    with pytest.raises(OptionError, match="sink"):
+        sink_logit_gap(torch.ones(1, 1, 3, 3), -1)
     with pytest.raises(ShapeError, match="mask"):
         sink_strength(torch.ones(1, 1, 3, 3), 0, torch.ones(2, 3, dtype=torch.bool))
+    for measure in (value_drain, residual_peak):
+        with pytest.raises(ShapeError, match=r"\(batch, length\)"):
+            measure(torch.ones(2, 3, 4, 5), mask=torch.ones(2, 5, dtype=torch.bool))
+        with pytest.raises(OptionError, match="padding"):
+            measure(torch.ones(2, 2, 4, 5), mask=torch.tensor([[False, True, True, True], [True] * 4]))
+        with pytest.raises(OptionError, match="several tokens"):
+            measure(torch.ones(2, 2, 1, 5))
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ShapeError, match="'one'"):
+        zero_head_effect(model, {"one": (ids, torch.ones(1, 3, dtype=torch.bool))})
+    with pytest.raises(OptionError, match="next token"):
+        zero_head_effect(model, {"one": (ids, torch.tensor([[False, False, False, True]]))})
+    with pytest.raises(ShapeError, match="same heads"):
+        active_dormant_heads({"one": torch.ones(2), "two": torch.ones(3)})
     with pytest.raises(ShapeError, match="Values"):
         value_drain(torch.ones(3, 3))
     with pytest.raises(OptionError, match="two domains"):

@@ -182,6 +182,29 @@ def test_a_repeated_word_is_one_feature() -> None:
 
 
 @pytest.mark.paper("attention_vs_posthoc")
+def test_the_token_of_cls_is_a_word_elsewhere() -> None:
+    """As one that looks like it."""
+    model = classifier()
+    with torch.no_grad():
+        model.embedding.weight[30] = model.embedding.weight[0]
+    again, other = torch.tensor([[0, 20, 21, 0]]), torch.tensor([[0, 20, 21, 30]])
+    for explain in (lime_closed_form, lime_mean_field):
+        torch.testing.assert_close(explain(model, again), explain(model, other))
+        assert explain(model, again)[0, 0] == 0 != explain(model, again)[0, 3]
+
+
+@pytest.mark.paper("attention_vs_posthoc")
+def test_attention_is_averaged_over_heads_or_its_largest() -> None:
+    model, tokens = classifier(), documents(2, 5)
+    weights = model.read(model.embed(tokens)).weights.detach()
+    for b in range(2):
+        for t in range(6):
+            of_heads = [float(weights[b, h, t]) for h in range(3)]
+            assert float(attention_explanation(model, tokens)[b, t]) == pytest.approx(sum(of_heads) / 3)
+            assert float(attention_explanation(model, tokens, "max")[b, t]) == max(of_heads)
+
+
+@pytest.mark.paper("attention_vs_posthoc")
 def test_explanations_of_a_document_of_unknown_tokens_are_zero() -> None:
     tokens = torch.tensor([[0, 1, 1]])
     for explain in (lime_tokens, lime_closed_form, lime_mean_field):
@@ -200,6 +223,10 @@ def test_the_classifier_trains_and_its_errors_teach() -> None:
         gradient_explanation(model, documents(1, 8), target=2)
     with pytest.raises(OptionError, match="below 120"):
         lime_closed_form(model, documents(1, 8), unk=200)
+    with pytest.raises(ShapeError, match="one document"):
+        word_regions(documents(1, 8))
+    with pytest.raises(ShapeError, match="one document"):
+        lime_tokens(model, documents(1, 8)[0])
 
 
 def explained(model: CLSAttentionClassifier, tokens: Tensor) -> dict[str, Tensor]:

@@ -182,6 +182,9 @@ def test_hidden_tokens_are_not_there() -> None:
         full = torch.cat((x[:, :1], x), 1) if class_token else x
         short = torch.cat((x[:, :1], x[:, mask[0]]), 1) if class_token else x[:, mask[0]]
         torch.testing.assert_close(head(full, mask=mask), head(short), **EXACT)
+        shares, of_short = concept_contributions(head, full, mask=mask), concept_contributions(head, short)
+        torch.testing.assert_close(shares.global_, of_short.global_, **EXACT)
+        torch.testing.assert_close(shares.spatial, of_short.spatial, **EXACT)
 
 
 def made_head(seed: int = 0, **options: object) -> ConceptCentricHead:
@@ -296,13 +299,32 @@ def test_without_positions_concepts_have_no_identity() -> None:
 
 
 @pytest.mark.paper("concept_centric_transformer")
+def test_what_concepts_start_as() -> None:
+    """Free ones from a normal of 1 / sqrt(dim), cut far out; positions of slots at zero."""
+    torch.manual_seed(0)
+    free = ConceptCentricHead(64, 5, 2, n_global=400, concepts="free").global_stream
+    slots = ConceptCentricHead(64, 5, 2).global_stream
+    assert free is not None and slots is not None
+    assert float(free.positions.detach().std()) == pytest.approx(1 / 8, rel=0.02)
+    assert not slots.positions.any()
+
+
+@pytest.mark.paper("concept_centric_transformer")
 def test_as_released_global_slots_read_the_class_token_alone() -> None:
-    """Then patches do not matter; slots that start alike and stand at one place are one concept."""
+    """Then patches do not matter, and slots that start alike and stand at one place are one concept."""
     x = tokens(6)
     other = torch.cat((x[:, :1], tokens(5, seed=9)), 1)
     released, sound = made_head(global_from="query"), made_head()
     torch.testing.assert_close(released(x), released(other), **EXACT)
     assert (sound(x) - sound(other)).abs().max() > 1e-3
+    stream = released.global_stream
+    assert stream is not None and stream.slots is not None
+    with torch.no_grad():
+        stream.positions.zero_()
+        stream.slots.first.copy_(stream.slots.first[:1].expand(SLOTS, -1))
+    attn = released.read(x).global_attn
+    assert attn is not None
+    torch.testing.assert_close(attn, torch.full_like(attn, 1 / SLOTS), **EXACT)
 
 
 @pytest.mark.paper("concept_centric_transformer")
@@ -333,6 +355,15 @@ def test_explanation_loss() -> None:
     assert loss.item() == 0 and attn.grad is not None and torch.isfinite(attn.grad).all()
     with pytest.raises(ShapeError, match="shape"):
         explanation_loss(attn, target[:, :2])
+    with pytest.raises(OptionError, match="at least 0"):
+        explanation_loss(attn, -target)
+    # One row for each query, weighed alike.
+    rows = torch.rand(2, 3, 4, dtype=torch.float64).softmax(-1)
+    wanted = torch.rand(2, 3, 4, dtype=torch.float64)
+    wanted[1, 2, 0] = math.nan
+    known = [(b, n) for b in range(2) for n in range(3) if (b, n) != (1, 2)]
+    each = [float((rows[b, n] - wanted[b, n] / wanted[b, n].sum()).square().sum()) for b, n in known]
+    assert explanation_loss(rows, wanted).item() == pytest.approx(sum(each) / 5)
 
 
 @pytest.mark.paper("concept_centric_transformer")
@@ -343,6 +374,12 @@ def test_sparsity_loss_is_an_entropy() -> None:
     rows = torch.softmax(torch.randn(3, 4, 6, dtype=torch.float64), -1)
     entropy = torch.distributions.Categorical(probs=rows).entropy().mean() / 6
     assert sparsity_loss(rows, even).item() == pytest.approx(entropy.item() + math.log(8) / 8, abs=1e-6)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert sparsity_loss(one.to(dtype)).item() == pytest.approx(0, abs=1e-7), "where a weight is 0, no NaN"
+        wide, half = rows.to(dtype).double(), rows.to(dtype)
+        assert sparsity_loss(half).item() == pytest.approx(sparsity_loss(wide).item(), rel=1e-5)
+        target = torch.ones(3, 4, 6)
+        assert explanation_loss(half, target).item() == pytest.approx(explanation_loss(wide, target).item(), rel=1e-5)
 
 
 @pytest.mark.paper("concept_centric_transformer")
@@ -389,9 +426,19 @@ def test_errors_teach() -> None:
         ConceptCentricHead(8, 2, 2, concepts="fixed")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="num_heads"):
         ConceptCrossAttention(8, 2, 3)
+    with pytest.raises(OptionError, match="class"):
+        ConceptCrossAttention(8, 0, 2)
+    for concepts in (torch.zeros(2, 4, 6), torch.zeros(3, 4, 8), torch.zeros(4, 8)):
+        with pytest.raises(ShapeError, match="ask concepts"):
+            ConceptCrossAttention(8, 5, 2)(torch.zeros(2, 3, 8), concepts)
     with pytest.raises(ShapeError, match="class token"):
         made_head()(tokens(1))
     with pytest.raises(ShapeError, match="mask"):
         made_head()(tokens(5), mask=torch.ones(2, 5, dtype=torch.bool))
+    for class_token in (True, False):
+        with pytest.raises(ShapeError, match="hides all patches"):
+            made_head(n_spatial=2, class_token=class_token)(
+                tokens(5), mask=torch.tensor([[True], [False]]).expand(2, 5 - class_token)
+            )
     with pytest.raises(ShapeError, match="stream"):
         sparsity_loss(None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from regard.errors import OptionError, ShapeError
+from regard.errors import OptionError, RetrofitError, ShapeError, UnsupportedMaskError, UnsupportedPatternError
 from regard.inspect.capture import capture
 from regard.inspect.ego_tree import EgoTree, Perturbation, PromptTemplate, linearise_ego_tree, perturb_tree
 from regard.inspect.graph_window import (
@@ -23,6 +23,7 @@ from regard.inspect.graph_window import (
     window_schedule,
 )
 from regard.inspect.two_samples import compare_samples
+from regard.masks import Boolean
 from regard.models.sequence import SequenceModel
 from regard.retrofit import retrofit
 
@@ -81,6 +82,9 @@ def test_drawn_tree_keeps_to_the_graph_and_the_fanout() -> None:
         linearise_ego_tree(graph, 40)
     with pytest.raises(OptionError, match="fanout"):
         linearise_ego_tree(graph, 4, (0, 2))
+    # Links to oneself, and repeated ones, count for nothing.
+    tree = linearise_ego_tree({0: [0, 1, 1], 1: [1, 0, 2, 2]}, 0)
+    assert tree.branches == ((1, (2,)),)
 
 
 @pytest.mark.paper("graph_window")
@@ -152,6 +156,14 @@ def test_relabelled_entries_give_the_same_window() -> None:
     assert torch.equal(moved[places[order][:, None], places[order][None]], original)
 
 
+@pytest.mark.paper("graph_window")
+def test_entries_without_a_way_between_them_never_see_each_other() -> None:
+    places = torch.arange(4)
+    seen = graph_window_mask(places, torch.tensor([[0, 1], [2, 3]]), 4, 9) == 0
+    assert torch.equal(seen, torch.block_diag(torch.ones(2, 2), torch.ones(2, 2)).bool())
+    assert float(graph_window_mask(places, torch.tensor([[0, 1], [2, 3]]), 4).min()) == -6000
+
+
 def test_mask_refuses_what_it_cannot_mean() -> None:
     with pytest.raises(OptionError, match="hops"):
         graph_window_mask(TREE.positions, TREE.edges, 40, -1)
@@ -159,6 +171,10 @@ def test_mask_refuses_what_it_cannot_mean() -> None:
         graph_window_mask(TREE.positions, TREE.edges, 10)
     with pytest.raises(ShapeError, match="all different"):
         graph_window_mask(torch.tensor([1, 1]), torch.tensor([[0, 1]]), 4)
+    with pytest.raises(ShapeError, match="an integer each"):
+        graph_window_mask(torch.tensor([1.0, 2.0]), torch.tensor([[0, 1]]), 4)
+    with pytest.raises(ShapeError, match="pairs of entries"):
+        graph_window_mask(torch.tensor([1, 2]), torch.tensor([0, 1]), 4)
     with pytest.raises(OptionError, match="entries 0 to 1"):
         graph_window_mask(torch.tensor([1, 2]), torch.tensor([[0, 2]]), 4)
     with pytest.raises(OptionError, match="infer"):
@@ -196,6 +212,15 @@ def test_schedule_with_trees_of_several_sizes_filled_up_on_the_left() -> None:
     assert torch.equal(weights[0, 0] > 0, visible(2, bidirectional=False))
     inner = visible(2, bidirectional=False, tree=other)
     assert torch.equal(weights[1, 0, gap:, gap:] > 0, inner)
+    # The next batch, in another order, and one tree for all.
+    schedule.look_at([other, TREE], length)
+    with schedule.on(model), capture(model, "weights") as trace:
+        model(tokens.flip(0))
+    assert torch.allclose(trace.stack("weights")[0].flip(0), weights, **EXACT)
+    schedule.look_at([TREE])
+    with schedule.on(model), capture(model, "weights") as trace:
+        model(tokens)
+    assert torch.equal(trace.stack("weights")[0, :, 0] > 0, visible(2, bidirectional=False).expand(2, -1, -1))
     schedule.look_at([TREE, other, other], length)
     with schedule.on(model), pytest.raises(ShapeError, match="2 prompts"):
         model(tokens)
@@ -219,19 +244,118 @@ def test_schedule_on_a_hugging_face_model_and_while_it_generates() -> None:
         assert torch.allclose(model(input_ids=tokens).logits, asked, **EXACT)
         cached = model.generate(tokens, max_new_tokens=3, do_sample=False)
         whole = model.generate(tokens, max_new_tokens=3, do_sample=False, use_cache=False)
+        schedule.look_at([TREE, TREE])
+        with pytest.raises(ShapeError, match="name each tree once a beam"):
+            model.generate(tokens, max_new_tokens=3, do_sample=False, num_beams=3)
     assert torch.equal(cached, whole)
+    plain = model(input_ids=tokens).logits
+    with window_schedule(1).on(model):
+        assert torch.equal(model(input_ids=tokens).logits, plain)
+
+
+def windowed(model: SequenceModel, **options: bool) -> tuple[Tensor, Tensor]:
+    """Logits and weights of the first layer under a window of one hop."""
+    schedule = window_schedule(1, infer=1, **options)
+    schedule.look_at([TREE])
+    with schedule.on(model), capture(model, "weights") as trace:
+        logits = model(TREE.tokens[None])
+    return logits, trace.stack("weights")[0]
 
 
 @pytest.mark.paper("graph_window")
-def test_schedule_around_a_mechanism_put_in_by_retrofit() -> None:
-    model, tokens = small_model().eval(), TREE.tokens[None]
-    schedule = window_schedule(1, infer=1)
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_mechanism_in_the_layers_keeps_its_own_rule(bidirectional: bool) -> None:
+    """Built in or put in by retrofit: the window narrows what the mechanism sees, and softmax does not take over."""
+    near = (torch.arange(len(TREE.tokens))[:, None] - torch.arange(len(TREE.tokens))[None]).abs() < 3
+    model = small_model().eval()
+    built = SequenceModel(
+        5,
+        vocab_size=20,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        mechanism="sliding_window",
+        options={"window": 3, "sinks": 0},
+    ).double()
+    built.load_state_dict(model.state_dict())
+    alone = built.eval()(TREE.tokens[None])
+    logits, weights = windowed(built, bidirectional=bidirectional)
+    assert torch.equal(weights[0, 0] > 0, visible(1, bidirectional) & near)
+    with retrofit(model, "sliding_window", window=3, sinks=0):
+        other, same = windowed(model, bidirectional=bidirectional)
+    assert torch.allclose(logits, other, **EXACT) and torch.allclose(weights, same, **EXACT)
+    assert not torch.allclose(logits, alone) and torch.equal(built(TREE.tokens[None]), alone)
+
+
+@pytest.mark.paper("graph_window")
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_masks_given_to_a_model_hold_beside_the_window(bidirectional: bool) -> None:
+    """Boolean, float and padding masks: between nodes the window, elsewhere what the model was given."""
+    model, length = small_model(), len(TREE.tokens)
+    own = torch.rand(length, length, generator=torch.Generator().manual_seed(0)) > 0.3
+    own |= torch.eye(length, dtype=torch.bool)
+    nodes = torch.zeros(length, dtype=torch.bool)
+    nodes[TREE.positions] = True
+    expected = torch.where(nodes[:, None] & nodes[None], visible(1, bidirectional), own & causal(length))
+    schedule = window_schedule(1, infer=1, bidirectional=bidirectional)
     schedule.look_at([TREE])
-    with retrofit(model, "sliding_window", window=3, sinks=0), schedule.on(model), capture(model) as trace:
-        model(tokens)
-    weights, place = trace.stack("weights")[0], torch.arange(tokens.shape[1])
-    near = (place[:, None] - place[None]).abs() < 3
-    assert torch.equal(weights[0, 0] > 0, visible(1) & near)
+    mechanism = model.blocks[0].attention.mechanism
+    tensors = [torch.randn(3, 2, length, 8, dtype=torch.float64) for _ in range(3)]
+    bias = torch.randn(length, length, dtype=torch.float64)
+    with schedule.on(model.eval()), capture(model, "weights") as trace:
+        for mask in (own, Boolean(own), bias):
+            mechanism(*tensors, causal=True, mask=mask)
+            weights = trace[0].weights
+            assert weights is not None
+            if mask is bias:
+                seen = torch.where(nodes[:, None] & nodes[None], visible(1, bidirectional), causal(length))
+                scores = tensors[0] @ tensors[1].mT / math.sqrt(8) + bias
+                torch.testing.assert_close(weights, scores.masked_fill(~seen, -math.inf).softmax(-1), **EXACT)
+            else:
+                assert torch.equal(weights > 0, expected.expand_as(weights))
+
+
+def test_what_cannot_hold_a_window_refuses_it() -> None:
+    linear = SequenceModel(5, vocab_size=20, embed_dim=16, depth=2, num_heads=2, mechanism="linear_attention").eval()
+    plain = linear(TREE.tokens[None])
+    with pytest.raises(UnsupportedMaskError, match="linear_attention"):
+        windowed(linear)
+    assert torch.equal(linear(TREE.tokens[None]), plain)
+    # What is causal alone can hold a window within the triangle.
+    options = {"block_size": 32, "top_k": 1}
+    moba = SequenceModel(5, vocab_size=20, embed_dim=16, depth=2, num_heads=2, mechanism="moba", options=options)
+    _, weights = windowed(moba, bidirectional=False)
+    assert torch.equal(weights[0, 0] > 0, visible(1, bidirectional=False))
+    with pytest.raises(UnsupportedPatternError, match="moba"):
+        windowed(moba)
+
+
+def test_schedule_refuses_models_whose_attention_it_would_change() -> None:
+    """Caps and sinks would be lost; and of several stacks only one reads the prompt."""
+    transformers = pytest.importorskip("transformers")
+    from tests.retrofit.small_models import t5
+
+    size = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    capped = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**size, **heads)).eval()
+    schedule, tokens = window_schedule("full", infer=1), TREE.tokens[None]
+    schedule.look_at([TREE])
+    plain = capped(tokens).logits
+    with schedule.on(capped), pytest.raises(RetrofitError, match="caps its logits"):
+        capped(tokens)
+    with window_schedule(1).on(capped):
+        assert torch.equal(capped(tokens).logits, plain), "full leaves it alone"
+    assert torch.equal(capped(tokens).logits, plain)
+    model = t5()
+    with pytest.raises(OptionError, match="several stacks"), schedule.on(model):
+        pass
+    with schedule.on(model.encoder), capture(model.encoder, "weights") as trace:
+        model.encoder(tokens)
+    nodes = torch.zeros(tokens.shape[1], dtype=torch.bool)
+    nodes[TREE.positions] = True
+    seen = visible(1) | ~(nodes[:, None] & nodes[None])
+    assert torch.equal(trace.stack("weights")[0, 0, 0] > 0, seen)
 
 
 @pytest.mark.paper("graph_window")
@@ -291,8 +415,15 @@ def test_shift_is_found_where_it_was_planted() -> None:
     assert math.isclose(shift.node.means[1] - shift.node.means[0], math.log10(2), rel_tol=1e-9)
     assert shift.node.t > 5 and shift.node.t_p < 1e-6 and shift.node.ks_p < 1e-6 and shift.node.js > 0.1
     assert shift.text_to_node_after.t > shift.text_to_node_before.t + 5
+    assert shift.text_to_node_before.means == (shift.text.means[0], shift.node.means[0])
+    assert shift.text_to_node_after.means == (shift.text.means[1], shift.node.means[1])
     with pytest.raises(ShapeError, match="boolean"):
         node_text_shift(before, after, is_node.float())
+    with pytest.raises(ShapeError, match="does not go with"):
+        node_text_shift(before, after, is_node[:7])
+    before[7] = math.nan
+    with pytest.raises(OptionError, match="NaN"):
+        node_text_shift(before, after, is_node)
 
 
 @pytest.mark.paper("graph_window")
@@ -310,6 +441,15 @@ def test_hop_profile_of_weights_that_depend_on_hops() -> None:
     some = torch.rand(9, 9, dtype=torch.float64)
     pairs = [float(some[i, j]) for i in range(9) for j in range(i + 1) if int(between[i, j]) == 3]
     assert math.isclose(float(hop_profile(some, between)[3]), sum(pairs) / len(pairs), rel_tol=1e-12)
+    pairs = [float(some[i, j]) for i in range(9) for j in range(9) if int(between[i, j]) == 3]
+    assert math.isclose(float(hop_profile(some, between, causal=False)[3]), sum(pairs) / len(pairs), rel_tol=1e-12)
+    # The last rows of a map alone: their queries stand at the last keys.
+    rows = [float(some[i, j]) for i in (7, 8) for j in range(i + 1) if int(between[i, j]) == 2]
+    assert math.isclose(float(hop_profile(some[7:], between[7:])[2]), sum(rows) / len(rows), rel_tol=1e-12)
+    with pytest.raises(ShapeError, match="hop is"):
+        hop_profile(some, between[:4])
+    with pytest.raises(ShapeError, match="nothing to average"):
+        hop_profile(some, -torch.ones(9))
 
 
 def followed(links: Tensor) -> Tensor:
@@ -347,6 +487,15 @@ def test_alignment_against_pairs_counted_by_hand() -> None:
             areas.append(sum(wins) / len(wins))
     found = structure_alignment(attn, links, causal=False)
     assert math.isclose(float(found.auc), sum(areas) / len(areas), rel_tol=1e-12)
+    lifts = []
+    for i in range(9):
+        linked = [float(attn[i, j]) for j in range(9) if links[i, j]]
+        others = [float(attn[i, j]) for j in range(9) if not links[i, j] and j != i]
+        lifts.append(sum(linked) / len(linked) - sum(others) / len(others))
+    assert math.isclose(float(found.difference), sum(lifts) / 9, rel_tol=1e-12)
+    attn[4, 4] = math.nan
+    with pytest.raises(OptionError, match="NaN"):
+        structure_alignment(attn, links)
 
 
 @pytest.mark.paper("graph_window")
@@ -371,6 +520,13 @@ def test_planted_line_is_flagged_and_others_are_not(slope: float) -> None:
     assert torch.allclose(found.concentration[1], found.flat[1], **EXACT)
     with pytest.raises(ShapeError, match="four nodes"):
         skewed_line_sink(whole, places[:3])
+    for wrong in (places + 100, places - 5):
+        with pytest.raises(ShapeError, match="no places"):
+            skewed_line_sink(whole, wrong)
+    with pytest.raises(ShapeError, match="no places"):
+        skewed_line_sink(whole[:, :50], places)
+    with pytest.raises(ShapeError, match="ascend"):
+        skewed_line_sink(whole, places.flip(0))
 
 
 @pytest.mark.paper("graph_window")
@@ -407,3 +563,14 @@ def test_perturbations_break_what_they_say() -> None:
         perturb_tree(tree, cast(Perturbation, "cut"))
     with pytest.raises(OptionError, match="unrelated has 1"):
         perturb_tree(tree, "unrelated", unrelated=[77])
+
+
+def test_maps_of_half_precision_are_averaged_in_single() -> None:
+    attn = uniform_causal(600).expand(2, -1, -1)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = attn.to(dtype)
+        exact = received_attention(half.double())
+        assert received_attention(half).dtype == torch.float32
+        torch.testing.assert_close(received_attention(half).double(), exact, rtol=1e-5, atol=0)
+        hop = torch.arange(600) % 3
+        torch.testing.assert_close(hop_profile(half, hop).double(), hop_profile(half.double(), hop), rtol=1e-5, atol=0)

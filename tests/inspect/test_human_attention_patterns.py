@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ from regard.models.human_attention_patterns import (
     PatternHeads,
 )
 from regard.models.sequence import SequenceModel
+from regard.retrofit.sites import discover as attention_sites
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 ALL: list[Predicate] = [
@@ -70,6 +72,17 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs.transpose(1, 2), targets, reduction="none").mean(1)
 
 
+class Uneven(nn.Module):
+    """A classifier that leaves one of its attention layers out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = classifier(), classifier()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.used(tokens)
+
+
 def batch() -> Documents:
     targets = torch.randint(3, TOKENS.shape, generator=torch.Generator().manual_seed(1))
     return Documents(TOKENS, TOKENS, SEGMENTS, targets)
@@ -92,6 +105,7 @@ def test_predicates_are_their_definitions() -> None:
                     assert bool(maps[name][b, i, j]) == (real and j - i == offset)
     quiet = matching_token(TOKENS, ignored=(0, 5))
     assert not quiet[TOKENS == 0].any() and not quiet[TOKENS == 5].any()
+    assert quiet[0].nonzero().tolist() == [[2, 6], [6, 2]]
     assert torch.equal(quiet[0, 2], matching_token(TOKENS)[0, 2])
     assert segments_from_markers(torch.tensor([[9, 0, 5, 0, 7]]), 0).tolist() == [[-1, 0, 0, 1, 1]]
 
@@ -141,6 +155,9 @@ def test_relevance_is_the_formula_and_skips_inputs_without_a_target() -> None:
             whole += float(attn[0, 0, 1, i].sum())
     assert float(pattern_relevance(attn, found)[0, 1]) == pytest.approx(inside / whole, abs=1e-12)
     assert bool(pattern_relevance(attn[:, 1:], found[1:]).isnan().all())
+    torch.testing.assert_close(
+        pattern_relevance(attn.bfloat16(), found), pattern_relevance(attn.bfloat16().float(), found), **EXACT
+    )
 
 
 @pytest.mark.paper("human_attention_patterns")
@@ -181,6 +198,28 @@ def test_discovery_names_the_pattern_of_a_head_that_has_it() -> None:
     assert sum(row.pattern == "matching" for row in rows) == sum(row.pattern == "previous" for row in rows) == 1
     for (layer, head), row in by_head.items():
         assert row.importance == pytest.approx(float(importance[layer, head]), abs=1e-6)
+    # The rule: furthest above the mean of all heads, by more than one of their deviations.
+    for name in patterns:
+        relevance = torch.tensor([row.relevance[name] for row in rows])
+        above = (relevance - relevance.mean()) / relevance.std(correction=0)
+        for row, size in zip(rows, above, strict=True):
+            assert float(size) > 1 or row.pattern != name
+            assert float(size) <= 1 or row.pattern is not None
+    # Of two batches the importance of a head is the mean over both, before layers are normalised.
+    other = Documents(TOKENS.flip(0), TOKENS.flip(0), SEGMENTS.flip(0), 2 - data.targets)
+    sums = torch.zeros(2, 3)
+    for each in (data, other):
+        for layer in range(2):
+            for head in range(3):
+                gates = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+                for b in range(2):
+                    with intervene(model, scale_heads(gates)):
+                        loss = cross_entropy(model(each.tokens), each.targets)[b]
+                    slope = torch.autograd.grad(loss, gates)[0]
+                    sums[layer, head] += slope[layer, head].abs()
+    expected = sums / sums.norm(dim=-1, keepdim=True)
+    for row in discover(model, [data, other], patterns, cross_entropy):
+        assert row.importance == pytest.approx(float(expected[row.layer, row.head]), abs=1e-5)
     with pytest.raises(OptionError, match="at least one pattern"):
         discover(model, [data], {}, cross_entropy)
     with pytest.raises(OptionError, match="at least one batch"):
@@ -215,6 +254,9 @@ def test_a_head_that_looks_one_back_shifts_the_values() -> None:
     # The first has nothing before it, and takes the mean of all; the flag says so.
     torch.testing.assert_close(out[:, 0], head.out(head.value(x)).mean(1), **EXACT)
     assert head.weights(TOKENS)[1].nonzero().tolist() == [[0, 0], [1, 0]]
+    weights, empty = head.weights(TOKENS, SEGMENTS)
+    assert empty.nonzero().tolist() == [[0, 0], [1, 0], [1, 7]]
+    assert weights[1, 0].tolist() == pytest.approx([1 / 7] * 7 + [0])  # padding has no part in it
 
 
 @pytest.mark.paper("human_attention_patterns")
@@ -301,6 +343,103 @@ def test_an_adapter_leaves_a_bert_bit_for_bit() -> None:
 
 
 @pytest.mark.paper("human_attention_patterns")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_patterns_in_a_causal_model_do_not_look_ahead(name: str) -> None:
+    """In heads and in adapters, with padding; a pattern's rows are shared out among what a head sees."""
+    pytest.importorskip("transformers")
+    from tests.retrofit.small_models import FAMILIES, padding
+
+    torch.manual_seed(0)
+    model = FAMILIES[name]()
+    tokens = TOKENS.clone()
+    tokens[:, 5:] += 20
+    mask = padding(2, 8, left=2)
+    pattern = intra_sentence(TOKENS, torch.where(mask > 0, SEGMENTS.clamp_min(0), -1))
+    edits = fix_heads({(1, 2): pattern, (0, 0): positional(1)(TOKENS)})
+    outputs = []
+    for inputs in (TOKENS, tokens):
+        with torch.no_grad(), intervene(model, *edits), regard.capture(model, "weights") as trace:
+            outputs.append(model(inputs, attention_mask=mask).logits)
+    torch.testing.assert_close(outputs[0][:, :5], outputs[1][:, :5], atol=1e-6, rtol=0)
+    found = trace[1].weights
+    assert found is not None
+    for i in range(8):
+        inside = [j for j in range(i + 1) if pattern[1, i, j]]
+        for j in inside:
+            assert float(found[1, 2, i, j]) == pytest.approx(1 / len(inside))
+        assert i < 2 or float(found[1, 2, i, i + 1 :].abs().sum()) == 0
+    # The key after the query is never seen: the head keeps its own weights.
+    with torch.no_grad(), regard.capture(model, "weights") as own:
+        model(tokens, attention_mask=mask)
+    assert trace[0].weights is not None and own[0].weights is not None
+    torch.testing.assert_close(trace[0].weights[:, 0], own[0].weights[:, 0])
+
+    adapters = [PatternAdapter(32, 2, [HeadPattern(intra_sentence)]) for _ in attention_sites(model)]
+    for adapter in adapters:
+        nn.init.normal_(adapter.up.weight, std=0.3)
+    maps = pattern_maps([intra_sentence], TOKENS, SEGMENTS.clamp_min(0))
+    with pytest.raises(OptionError, match="what comes later"), adapted(model, adapters, maps):
+        model(TOKENS)
+    past = torch.ones(1, 8, 8, dtype=torch.bool).tril()
+    outputs = []
+    for inputs in (TOKENS, tokens):
+        with torch.no_grad(), adapted(model, adapters, maps, past):
+            outputs.append(model(inputs).logits)
+    torch.testing.assert_close(outputs[0][:, :5], outputs[1][:, :5], atol=1e-5, rtol=0)
+    with torch.no_grad():
+        plain = model(TOKENS).logits
+    assert not torch.allclose(outputs[0], plain, atol=1e-3)
+
+
+@pytest.mark.paper("human_attention_patterns")
+def test_heads_leave_out_what_queries_do_not_see() -> None:
+    torch.manual_seed(0)
+    patterns = [HeadPattern(intra_sentence), HeadPattern(intra_sentence, "masked")]
+    layer = PatternHeads(12, 3, patterns).double()
+    x, visible = torch.randn(2, 8, 12, dtype=torch.float64), torch.ones(1, 8, 8, dtype=torch.bool).tril(-1)
+    maps = pattern_maps([p.predicate for p in patterns], TOKENS, SEGMENTS)
+    found = layer.weights(x, maps, visible)
+    for b in range(2):
+        for i in range(1, 8):
+            inside = [j for j in range(i) if maps[b, 0, i, j]] or list(range(i))
+            expected = torch.zeros(8, dtype=torch.float64)
+            expected[inside] = 1 / len(inside)
+            torch.testing.assert_close(found[b, 0, i], expected, **EXACT)
+            assert found[b, 1, i].nonzero()[:, 0].tolist() == inside
+            assert found[b, 2, i].nonzero()[:, 0].tolist() == list(range(i))
+    # Padding alone is the same for all queries.
+    real = SEGMENTS >= 0
+    assert torch.equal(layer(x, maps, real), layer(x, maps, real[:, None].expand(2, 8, 8)))
+
+
+@pytest.mark.paper("human_attention_patterns")
+def test_discovery_in_hugging_face_models_and_under_a_retrofit() -> None:
+    """Grouped keys, padding, half precision; maps of a mechanism in the layers' place."""
+    pytest.importorskip("transformers")
+    from tests.retrofit.small_models import FAMILIES
+
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        said = outputs.logits if "logits" in outputs else outputs.last_hidden_state[..., :10]
+        return F.cross_entropy(said.float().transpose(1, 2), targets, reduction="none").mean(1)
+
+    patterns = {"matching": matching_token, "previous": positional(-1)}
+    mask = (SEGMENTS >= 0).long()
+    for name, dtype in (("llama", torch.float32), ("bert", torch.bfloat16)):
+        model = FAMILIES[name]().to(dtype).train()
+        data = Documents({"input_ids": TOKENS, "attention_mask": mask}, TOKENS, SEGMENTS, TOKENS)
+        with intervene(model, *fix_heads({(1, 3): positional(-1)(TOKENS, SEGMENTS)})):
+            rows = discover(model, [data], patterns, loss)
+        head = next(row for row in rows if (row.layer, row.head) == (1, 3))
+        assert head.pattern == "previous" and head.relevance["previous"] == pytest.approx(1, abs=1e-2)
+        assert all(0 <= row.importance <= 1 and 0 <= row.relevance["matching"] <= 1.01 for row in rows)
+        assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    model = FAMILIES["bert"]()
+    with regard.retrofit(model, "linear_attention"):
+        rows = discover(model, [Documents(TOKENS, TOKENS, SEGMENTS, TOKENS)], patterns, loss)
+    assert len(rows) == 8 and all(row.relevance["previous"] > 0 for row in rows)
+
+
+@pytest.mark.paper("human_attention_patterns")
 def test_the_encoder_sees_tokens_through_its_patterns() -> None:
     torch.manual_seed(0)
     patterns = [HeadPattern(partial(matching_token, ignored=(MARKER,))), HeadPattern(intra_sentence, "masked")]
@@ -326,6 +465,8 @@ def test_documents_repeat_words_in_salient_sentences_alone() -> None:
         words = [set(sentence[1:].tolist()) for sentence in document]
         shared = [any(words[i] & words[j] for j in range(8) if j != i) for i in range(8)]
         assert shared == answer[:, 0].bool().tolist()
+        keys = {word for i in range(8) for j in range(i) for word in words[i] & words[j]}
+        assert len(keys) == 3 and max(keys) <= 60 and len(set().union(*words)) == 8 * 6 - 3
     # The right answer scores 1, and one of three chosen sentences right a third.
     perfect = torch.stack((-targets.clamp_min(0), targets.clamp_min(0)), -1).double()
     assert task.score(perfect, targets) == (40.0, 40)
@@ -365,10 +506,19 @@ def test_bad_input_is_explained() -> None:
         PatternHeads(8, 2, [HeadPattern(first_token)])(torch.randn(1, 4, 8), torch.ones(1, 2, 4, 4))
     with pytest.raises(ShapeError, match="go with a pattern"):
         pattern_relevance(torch.ones(1, 2, 1, 4, 4), torch.ones(2, 5, 5))
+    with pytest.raises(OptionError, match="0 to 1"):
+        pattern_relevance(torch.ones(1, 2, 1, 4, 4), 2 * torch.ones(2, 4, 4))
+    model = classifier()
+    with pytest.raises(ShapeError, match="its maps"), intervene(model, *fix_heads({(0, 0): torch.ones(2, 4, 4)})):
+        model(TOKENS)
+    with pytest.raises(OptionError, match="every attention layer"):
+        discover(Uneven(), [batch()], {"first": first_token}, cross_entropy)
     with pytest.raises(ShapeError, match="reduction='none'"):
         head_importance_taylor(classifier(), lambda out, y: cross_entropy(out, y).mean(), batch())
     with pytest.raises(OptionError, match="salient"):
         ExtractiveSummaryToy(5, salient=2)
+    with pytest.raises(OptionError, match="content=2"):
+        ExtractiveSummaryToy(5, content=2)
     with pytest.raises(OptionError, match="shift"):
         TopicSegmentationToy(5, shift=0.0)
     with pytest.raises(ShapeError, match="max_length"):

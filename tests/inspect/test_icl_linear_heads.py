@@ -21,6 +21,7 @@ from regard.inspect.icl_linear_heads import (
     ridge_predict,
 )
 from regard.models.icl_linear_heads import ICLHeads
+from regard.reproduce.icl_linear_heads import D, Starts
 from regard.retrofit.sites import discover
 from regard.train.icl_linear_heads import train_in_context
 
@@ -153,6 +154,9 @@ def test_ridge_is_the_best_and_the_default_rates_are_the_best_rates() -> None:
         told = predict(z, z_q, 1.0)
         fitted = float((told * y_q).sum() / told.square().sum())
         assert float((predict(z, z_q, noise_var=0.01) / told).mean()) == pytest.approx(fitted, rel=0.02)
+    # With much noise, in closed form: E beta.b over E |b|^2, with 40 and with 39 degrees of freedom.
+    for predict, rate in ((gd_predict, 40 / (40 + 6 + 5 * 2)), (debiased_gd_predict, 40 / (39 + 6 + 5 * 2))):
+        assert torch.allclose(predict(z, z_q, noise_var=2.0), predict(z, z_q, rate))
 
 
 @pytest.mark.paper("icl_linear_heads")
@@ -204,6 +208,8 @@ def test_matrices_are_those_of_the_scores_and_outputs_of_any_layer() -> None:
         weights = (z @ kq[head] @ z_q.mT)[..., 0].softmax(-1)
         out = out + (weights[:, None] @ z)[:, 0] @ ov[head].T
     assert torch.allclose(model.attention(z_q, z)[:, 0], out)
+    # Of T5, say, which has no factor.
+    assert torch.allclose(kq_matrix(model, scale=1.0), kq * 6**0.5)
     layer = nn.MultiheadAttention(6, 2, bias=False, batch_first=True).double()
     kq, ov = kq_matrix(layer), ov_matrix(layer)
     weights = [(z @ kq[head] @ z_q.mT)[..., 0].softmax(-1) for head in range(2)]
@@ -251,6 +257,15 @@ def test_mistakes_are_explained() -> None:
         icl_linear_regression(1, 4, 2, cov=torch.eye(3))
     with pytest.raises(OptionError, match="tasks"):
         icl_linear_regression(1, 4, 2, tasks=2, supports=[[0]])
+    for wrong in (torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.tensor([[1.0, 0.5], [0.0, 1.0]])):
+        with pytest.raises(OptionError, match="symmetric"):
+            icl_linear_regression(1, 4, 2, cov=wrong)
+    with pytest.raises(OptionError, match="0 to 1"):
+        icl_linear_regression(1, 4, 2, supports=[[2]])
+    with pytest.raises(ShapeError, match="omega"):
+        head_sum_predict(z, z_q, pair(0.1), torch.ones(3))
+    with pytest.raises(ShapeError, match="omega"):
+        approximate_loss(pair(0.1), torch.ones(3).double(), 4, 2, 0.1)
     with pytest.raises(OptionError, match="noise_std"):
         icl_linear_regression(0, 4, 2)
     with pytest.raises(ShapeError, match="questions"):
@@ -267,3 +282,19 @@ def test_mistakes_are_explained() -> None:
         optimal_mu(torch.ones(1, 1), 4, 2, 0.1)
     with pytest.raises(OptionError, match="step"):
         train_in_context(ICLHeads(2), lambda n, g: prompts(n), steps=0)
+
+
+def test_starts_that_train_side_by_side_are_layers_of_their_own() -> None:
+    starts = Starts(2)
+    z, z_q, y_q = icl_linear_regression(9, 7, D, generator=torch.Generator().manual_seed(0))
+    before = starts(z, z_q)
+    assert torch.allclose(before, torch.stack([layer(z, z_q) for layer in starts.layers]), atol=1e-6)
+    starts.query.register_hook(lambda gradient: gradient * (torch.arange(len(gradient)) == 3)[:, None, None, None])
+    (starts(z, z_q) - y_q).square().mean().backward()
+    with torch.no_grad():
+        starts.query -= starts.query.grad
+    layers = starts.finished()
+    after = torch.stack([layer(z, z_q) for layer in layers])
+    changed = (after - before).abs().amax((1, 2)) > 1e-4
+    assert changed.nonzero().flatten().tolist() == [3]
+    assert torch.allclose(after, starts(z, z_q), atol=1e-6)

@@ -103,6 +103,33 @@ def test_patching_a_run_with_itself_changes_nothing_and_with_another_gives_that_
     torch.testing.assert_close(seen[0].head_outputs, trace[0].head_outputs, atol=1e-5, rtol=1e-5)
 
 
+def test_changed_inputs_are_answered_by_the_models_own_attention() -> None:
+    """A window stays a window, and caps of logits stay, when a layer gets its own queries back from outside."""
+    torch.manual_seed(0)
+    layer = MultiHeadAttention(12, 3, "sliding_window", window=2, sinks=0).double()
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    own = layer(x, causal=True)
+    with regard.capture(layer, "queries") as trace:
+        layer(x, causal=True)
+    back = patch_inputs("query", {(0, head): trace[0].queries[:, head] for head in range(3)})
+    with intervene(layer, back), regard.capture(layer, "weights") as seen:
+        torch.testing.assert_close(layer(x, causal=True), own, **EXACT)
+    assert not seen[0].weights.tril(-2).any()
+    transformers = pytest.importorskip("transformers")
+    size = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_logit_softcapping": 0.5}
+    config = transformers.Gemma2Config(**size, **heads, query_pre_attn_scalar=1)
+    model = transformers.Gemma2ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    tokens = torch.randint(3, 40, (1, 9))
+    with torch.no_grad():
+        plain = model(tokens).logits
+        with regard.capture(model, "queries") as trace:
+            model(tokens)
+        back = patch_inputs("query", {(1, head): trace[1].queries[:, head] for head in range(4)})
+        with intervene(model, back):
+            torch.testing.assert_close(model(tokens).logits, plain, atol=1e-6, rtol=1e-6)
+
+
 def test_patching_some_rows_leaves_the_others() -> None:
     layer, x = _layer()
     with regard.capture(layer) as trace:
@@ -174,5 +201,14 @@ def test_what_is_not_there_is_refused() -> None:
         layer(x)
     with pytest.raises(ShapeError, match="one length"), intervene(layer, patch_heads({(0, 0): torch.ones(1, 3, 4)})):
         layer(x)
+    mean = ablate_heads([(0, 0)], "mean", {(0, 0): torch.ones(3, 4)})
+    with pytest.raises(ShapeError, match="of this length"), intervene(layer, mean):
+        layer(x)
+    with pytest.raises(ShapeError, match="do not fit"), intervene(layer, set_attention([(0, 0)], [1], torch.eye(3)[0])):
+        layer(x)
+    for rows in ([7], [-8]):
+        for edit in (set_attention([(0, 0)], rows, torch.eye(7)[0]), patch_heads({(0, 0): torch.ones(1, 7, 4)}, rows)):
+            with pytest.raises(OptionError, match="7 queries"), intervene(layer, edit):
+                layer(x)
     with pytest.raises(OptionError, match="how"):
         ablate_heads([(0, 0)], "off")  # type: ignore[arg-type]

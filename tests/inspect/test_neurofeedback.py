@@ -59,7 +59,10 @@ def test_effect_by_hand() -> None:
     d = 2 / pooled
     half = 1.96 * math.sqrt(5 / 6 + d**2 / 10)
     assert (float(effect.d), float(effect.low), float(effect.high)) == pytest.approx((d, d - half, d + half))
-    assert float(control_effect(torch.ones(3), torch.zeros(3)).d) == math.inf
+    for sign in (1, -1):
+        endless = control_effect(sign * torch.ones(3), torch.zeros(3))
+        assert float(endless.d) == float(endless.low) == float(endless.high) == sign * math.inf
+        assert metacognitive_dimension(endless) == (sign == 1)
 
 
 @pytest.mark.paper("neurofeedback")
@@ -91,6 +94,8 @@ def test_median_split_is_balanced_to_one_example(n: int) -> None:
 def test_threshold_that_is_given_stays() -> None:
     scores = torch.tensor([-1.0, 0.0, 5.0, 7.0])
     assert Binarizer(0.0).fit(scores)(scores).tolist() == [0, 1, 1, 1]
+    # A median is that of the last fit.
+    assert Binarizer().fit(scores + 100).fit(scores).threshold == 2.5
 
 
 @pytest.mark.paper("neurofeedback")
@@ -100,6 +105,8 @@ def test_six_levels_split_each_side_of_zero_evenly() -> None:
     assert labels.bincount(minlength=7).tolist() == [0, 10, 10, 10, 20, 20, 20]
     assert ((labels > 3) == (scores >= 0)).all()
     assert (labels[scores.argsort()].diff() >= 0).all()
+    # 0 itself belongs to the upper side.
+    assert EvenLikert(2).fit(scores)(torch.tensor([-1e-9, 0.0])).tolist() == [1, 2]
 
 
 @pytest.mark.paper("neurofeedback")
@@ -134,6 +141,18 @@ def test_components_are_orthogonal_and_their_scores_uncorrelated() -> None:
     by_numpy = np.linalg.eigvalsh(np.cov(hidden.T.numpy(), bias=True))[::-1]
     torch.testing.assert_close(axes.deviation.square(), torch.from_numpy(by_numpy.copy()))
     assert float(axes.variance_share(hidden).sum()) == pytest.approx(1)
+
+
+@pytest.mark.paper("neurofeedback")
+def test_components_have_a_sign_and_end_where_the_states_do() -> None:
+    """States that fill three of eight dimensions."""
+    hidden = torch.randn(40, 3).double() @ torch.randn(3, 8).double()
+    axes = activation_axes(hidden, ks=[1, 2, 3])
+    assert bool((axes.directions.amax(1) == axes.directions.abs().amax(1)).all())
+    torch.testing.assert_close(activation_axes(-hidden, ks=[1, 2, 3]).directions, axes.directions)
+    assert activation_axes(hidden).names == ("PC1", "PC2")
+    with pytest.raises(OptionError, match="components 1 to 3"):
+        activation_axes(hidden, ks=[4])
 
 
 @pytest.mark.paper("neurofeedback")
@@ -194,6 +213,8 @@ def test_report_counts_by_shots() -> None:
             right = (2.0 if labels[row, shot] else -2.0) * (1 if shot >= 2 else -1)
             logits[row, 3 * shot + 1, 2] = right
             logits[row, 3 * shot + 1, 0] = 50  # another word does not count
+    even = report_accuracy(0 * logits, prompt.label_positions, 1, 2, labels)
+    assert even.accuracy.tolist() == labels.double().mean(0).tolist()  # an undecided model says 1
     told = report_accuracy(logits, prompt.label_positions, 1, 2, labels)
     assert told.accuracy.tolist() == [0, 0, 1, 1]
     sure, wrong = math.log1p(math.exp(-2)), math.log1p(math.exp(2))
@@ -237,6 +258,10 @@ def test_explicit_replies_come_from_the_model() -> None:
             return logits
 
     start = torch.tensor([[3], [7]])
+    # Odds of e at temperature 1 are a certainty near 0, and even where it is high.
+    wavering = nn.Embedding.from_pretrained(torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    drawn = [sample_span(wavering, torch.zeros(400, 1).long(), 1, t)[:, 1].double().mean() for t in (0.01, 100.0)]
+    assert float(drawn[0]) == 1 and abs(float(drawn[1]) - 0.5) < 0.1
     assert sample_span(Counting(), start, 3, allowed=torch.arange(16)).tolist() == [[3, 4, 5, 6], [7, 8, 9, 10]]
 
 
@@ -289,6 +314,32 @@ def test_runs_on_a_language_model() -> None:
     torch.testing.assert_close(got[:, 0], states_[1][:, 2:9].mean(1))
 
 
+def test_layers_of_an_encoder_and_decoder_are_those_of_discover() -> None:
+    """Two of the encoder; of the decoder's four the second and fourth are cross-attention, which enters midway."""
+    small_models = pytest.importorskip("tests.retrofit.small_models")
+    model = small_models.t5().eval()
+    inputs = {"input_ids": small_models.tokens(2, 13), "decoder_input_ids": small_models.tokens(2, 9)}
+    spans = torch.tensor([[1, 5]]).expand(2, 1, 2)
+    with torch.no_grad():
+        said = model(**inputs, output_hidden_states=True)
+    encoder, decoder = said.encoder_hidden_states, said.decoder_hidden_states
+    for layer, states_ in {0: encoder[0], 1: encoder[1], 2: decoder[0], 4: decoder[1]}.items():
+        torch.testing.assert_close(span_states(model, inputs, spans, layer)[:, 0], states_[:, 1:5].mean(1))
+    for layer in (-1, 6):
+        with pytest.raises(OptionError, match="0 to 5"):
+            span_states(model, inputs, spans, layer)
+
+
+def test_half_precision_states_do_not_overflow() -> None:
+    model = SequenceModel(20, vocab_size=20, embed_dim=16, depth=1, num_heads=2).eval()
+    with torch.no_grad():
+        model.embed.weight.fill_(30_000.0)
+    tokens = torch.randint(20, (2, 9))
+    got = span_states(model.half(), tokens, torch.tensor([[0, 9]]).expand(2, 1, 2), 0)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, torch.full_like(got, 30_000.0), rtol=1e-3, atol=0)
+
+
 @pytest.mark.paper("neurofeedback")
 def test_task_labels_are_a_plane_of_the_embeddings() -> None:
     task = HyperplaneLabels(count=40, dim=3)
@@ -325,6 +376,31 @@ def test_bad_input_is_told() -> None:
         neurofeedback_prompt(["a", "b"], [2])
     with pytest.raises(ShapeError, match="one sentence more"):
         span_prompt(torch.zeros(1, 3, 2, dtype=torch.long), torch.zeros(1, 3, dtype=torch.long), 1, 2, "implicit", 1, 3)
+    shots, spans = torch.zeros(1, 2, 2, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
+    with pytest.raises(OptionError, match="Labels are 0 and 1"):
+        span_prompt(shots, spans - 1, 1, 2)
+    with pytest.raises(OptionError, match="task"):
+        span_prompt(shots, spans, 1, 2, "Report")  # type: ignore[arg-type]
+    for asked in ({"target": 1}, {"marker": 3}, {"task": "implicit", "target": 1}, {"task": "implicit", "target": 2}):
+        with pytest.raises(OptionError, match="Control needs"):
+            span_prompt(shots, spans, 1, 2, **asked)
+    with pytest.raises(OptionError, match="0 to 1"):
+        neurofeedback_prompt(["a", "b"], torch.tensor([0.7]))
+    for tokens in ((1, 1), (1, 5), (-1, 2)):
+        with pytest.raises(OptionError, match="two tokens"):
+            report_accuracy(torch.rand(1, 4, 5), torch.tensor([[2]]), *tokens, torch.tensor([[1]]))
+    with pytest.raises(OptionError, match="Labels are 0 and 1"):
+        report_accuracy(torch.rand(1, 4, 5), torch.tensor([[2]]), 1, 2, torch.tensor([[6]]))
+    with pytest.raises(OptionError, match="Labels are 0 and 1"):
+        ideal_observer(hidden, torch.arange(10) % 3, 4)
+    for kind in ("pca", "lr"):
+        with pytest.raises(OptionError, match="not finite"):
+            activation_axes(hidden / 0, kind, labels=torch.arange(10) % 2)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="not finite"):
+        fit_logistic(hidden / 0, torch.arange(10) % 2)
+    for scores in (torch.zeros(0), torch.tensor([0.0, torch.nan])):
+        with pytest.raises(OptionError, match="finite scores"):
+            Binarizer().fit(scores)
     with pytest.raises(OptionError, match="start < end"):
         span_states(small(), torch.zeros(1, 4, dtype=torch.long), torch.tensor([[[2, 9]]]), 1)
     with pytest.raises(ShapeError, match="two scores"):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import regard
-from regard.errors import OptionError, ShapeError, UnknownNameError
+from regard.errors import FileFormatError, OptionError, ShapeError, UnknownNameError
 from regard.inspect.normalization_limits import (
     KINDS,
     attention_selection_report,
@@ -40,11 +40,65 @@ def test_softmax_stays_within_the_bounds(length: int, temperature: float) -> Non
     logits = bound * (2 * torch.rand(20, length, dtype=torch.float64) - 1)
     weights = normalise(logits, temperature=temperature)
     assert bool((weights >= low).all()) and bool((weights <= high).all())
-    # Near the bound: one logit at one end, all others at the other.
-    extreme = torch.full((length,), -bound, dtype=torch.float64)
-    extreme[0] = bound
-    top = float(normalise(extreme, temperature=temperature)[0])
-    assert top <= high and (length < 1000 or top > 0.6 * min(high, 1))
+    assert low == pytest.approx(math.exp(-3 / temperature) / length)
+    assert high == pytest.approx(math.exp(3 / temperature) / length)
+    # One logit at one end, all others at the other: what is missing to the bound vanishes as 1/L.
+    reach = math.exp(3 / temperature)
+    for sign, limit, factor in ((1, high, reach), (-1, low, 1 / reach)):
+        extreme = torch.full((length,), -sign * bound, dtype=torch.float64)
+        extreme[0] = sign * bound
+        found = float(normalise(extreme, temperature=temperature)[0])
+        assert found / limit == pytest.approx(length / (length - 1 + factor), rel=1e-9)
+
+
+def test_bounds_beyond_what_floats_hold() -> None:
+    assert weight_bounds(400, 10) == (math.exp(-800) / 10, math.inf)
+    assert weight_bounds(0, 8) == (1 / 8, 1 / 8)
+
+
+@pytest.mark.paper("normalization_limits")
+def test_any_form_of_single_logits_stays_within_its_extremes() -> None:
+    """min F / (L max F) and max F / (L min F) on [-a, a]; one logit at an extreme of F comes near, as 1/L."""
+    bound = 2.0
+    grid = torch.linspace(-bound, bound, 4001, dtype=torch.float64)
+    for function in (F.softplus, torch.sigmoid, lambda x: 1 + x.square()):
+        values = function(grid)
+        least, most = grid[values.argmin()], grid[values.argmax()]
+        for length in (10, 100_000):
+            weights = normalise(bound * (2 * torch.rand(4, length, dtype=torch.float64) - 1), function)
+            low, high = values.min() / values.max() / length, values.max() / values.min() / length
+            assert bool((weights >= low).all()) and bool((weights <= high).all())
+        for one, others, limit in ((most, least, high), (least, most, low)):
+            logits = torch.cat((one[None], others.expand(99_999)))
+            assert float(normalise(logits, function)[0] / limit) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.paper("normalization_limits")
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_what_a_gap_keeps_where_weights_are_not_of_single_logits(temperature: float) -> None:
+    """The largest logit is g above all others: sparsemax and entmax keep a share at any length, scalable softmax only
+    where s g > T, half where equal; random others, then all others tied, where the bounds are reached."""
+    scale = 0.43
+
+    def top(kind: str, gap: float, length: int, tied: bool) -> float:
+        logits = torch.zeros(length, dtype=torch.float64) if tied else -torch.rand(length, dtype=torch.float64)
+        logits[0] = gap
+        return float(normalise(logits, kind, temperature, scale=scale)[0])
+
+    for gap in (0.1, 0.4, 0.9, 3.0):
+        near = gap / temperature
+        for kind, kept in (("sparsemax", min(near, 1)), ("entmax15", min(near / 2, 1) ** 2)):
+            assert all(top(kind, gap, length, False) >= kept - 1e-9 for length in (10, 1000, 100_000))
+            assert top(kind, gap, 100_000, True) == pytest.approx(kept, abs=5e-3)
+        for length in (10, 1000, 100_000):
+            kept = 1 / (1 + (length - 1) * length ** (-scale * near))
+            assert top("scalable_softmax", gap, length, False) >= kept
+            assert top("scalable_softmax", gap, length, True) == pytest.approx(kept)
+    critical = temperature / scale
+    assert top("scalable_softmax", critical, 100_000, True) == pytest.approx(0.5, abs=1e-4)
+    assert top("scalable_softmax", 1.5 * critical, 100_000, True) > 0.99
+    vanishing = {length: top("scalable_softmax", 0.5 * critical, length, True) for length in (1000, 10_000, 100_000)}
+    assert slope(vanishing) == pytest.approx(-0.5, abs=0.02)
 
 
 @pytest.mark.paper("normalization_limits")
@@ -91,6 +145,16 @@ def test_the_length_aware_kind_takes_its_length_and_learns_its_scale() -> None:
     nearby = [(s * math.log(100) * logits / 2).softmax(-1)[:, 0].sum() for s in (0.7 + step, 0.7 - step)]
     torch.testing.assert_close(gradient, (nearby[0] - nearby[1]) / (2 * step))
     torch.testing.assert_close(normalise(logits, "scalable_softmax"), normalise(logits, "scalable_softmax", length=9))
+    # More logits than half precision counts to.
+    many = torch.zeros(70_000, dtype=torch.float16)
+    many[0] = 4
+    for kind in ("scalable_softmax", F.softplus):
+        half, single = normalise(many, kind), normalise(many.float(), kind)
+        assert half.dtype == torch.float16
+        torch.testing.assert_close(half[0].float(), single[0], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(normalise(torch.tensor([3, 1])), normalise(torch.tensor([3.0, 1.0])))
+    with pytest.raises(OptionError, match="length"):
+        normalise(logits, "scalable_softmax", length=0)
 
 
 @pytest.mark.paper("normalization_limits")
@@ -195,6 +259,9 @@ def test_two_equal_logits_attain_both_bounds() -> None:
         weights = torch.tensor(alpha, dtype=torch.float64)
         assert float(jacobian_norm(weights, 0.1)) == pytest.approx(1 / 0.2), "1/(4T) is no bound of the spectral norm"
         assert float(jacobian_norm(weights, 0.1, "max")) == pytest.approx(1 / 0.4)
+    # A weight of 1/2 reaches the entries' bound by itself; the norm's takes two.
+    weights = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    assert float(jacobian_norm(weights, 0.1, "max")) == pytest.approx(1 / 0.4) and float(jacobian_norm(weights)) < 0.45
     for certain in ([1.0], [1.0, 0.0, 0.0]):
         assert float(jacobian_norm(torch.tensor(certain, dtype=torch.float64))) == pytest.approx(0, abs=1e-12)
 
@@ -206,10 +273,15 @@ def test_small_steps_find_the_norm_and_large_ones_stay_below_the_square_root_of_
         steps = finite_difference_sensitivity(logits, 1e-6, temperature, steps=400)
         norms = jacobian_norm(normalise(logits, temperature=temperature), temperature)
         torch.testing.assert_close(steps, norms, rtol=1e-3, atol=1e-6)
-    for eps in (0.1, 1.0, 50.0):
+    for eps in (0.001, 0.1, 1.0, 50.0):
         change = eps * finite_difference_sensitivity(logits, eps, 0.02)
-        assert bool((change <= math.sqrt(2) + 1e-12).all())
+        assert bool((change <= min(eps / 0.04, math.sqrt(2)) + 1e-12).all())
     assert float(change.max()) > 1.3, "a large step moves nearly all weight"
+    # Where the bounds are reached: at a tie, and from one token to another.
+    tie = torch.tensor([0.0, 0.0, -900.0], dtype=torch.float64)
+    assert float(finite_difference_sensitivity(tie, 1e-4, 0.5)) == pytest.approx(1 / (2 * 0.5), rel=1e-6)
+    one = torch.tensor([40.0, 0.0, -900.0], dtype=torch.float64)
+    assert float((normalise(one) - normalise(one[[1, 0, 2]])).norm()) == pytest.approx(math.sqrt(2), rel=1e-12)
 
 
 @pytest.mark.paper("normalization_limits")
@@ -263,6 +335,24 @@ def test_the_report_runs_on_our_own_models_and_hidden_states() -> None:
     )
 
 
+@pytest.mark.paper("normalization_limits")
+def test_the_report_reads_the_first_tokens_and_the_values_that_heads_share() -> None:
+    torch.manual_seed(0)
+    model = SequenceModel(11, vocab_size=11, embed_dim=16, depth=1, num_heads=4, num_kv_heads=2).double().eval()
+    ids = torch.randint(11, (1, 14))
+    report = attention_selection_report(model, ids, lengths=(9,), top_n=(3,), vectors="values")
+    with regard.capture(model) as trace, torch.no_grad():
+        model(ids[:, :9])
+    weights, values = trace[0].weights, trace[0].values
+    assert weights is not None and values is not None
+    for head in range(4):
+        alpha = weights[0, head, -1]
+        away, _ = looped(values[0, head // 2], alpha, 3, True)
+        assert float(report.distance[0, head, 0, 0]) == pytest.approx(sum(away) / len(away), rel=1e-9)
+        norm = torch.linalg.matrix_norm(jacobian(alpha, 1.0), 2)
+        assert float(report.sensitivity[0, head, 0]) == pytest.approx(float(norm), rel=1e-9)
+
+
 def test_a_string_is_cut_into_windows_by_the_tokenizer() -> None:
     def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [ord(letter) % 11 for letter in text]}
@@ -277,6 +367,37 @@ def test_a_string_is_cut_into_windows_by_the_tokenizer() -> None:
         attention_selection_report(model, "short", tokenizer=tokenizer, lengths=(10,), top_n=(2,))
     with pytest.raises(OptionError, match="tokenizer"):
         attention_selection_report(model, text, lengths=(10,), top_n=(2,))
+
+
+@pytest.mark.paper("normalization_limits")
+def test_the_report_reads_mechanisms_and_refuses_what_no_normaliser_gave() -> None:
+    ids = torch.randint(11, (2, 16), generator=torch.Generator().manual_seed(0))
+
+    def model(mechanism: str, **options: int) -> SequenceModel:
+        torch.manual_seed(0)
+        size = {"vocab_size": 11, "embed_dim": 16, "depth": 1, "num_heads": 2}
+        return SequenceModel(11, mechanism=mechanism, options=options, **size).eval()  # type: ignore[arg-type]
+
+    def report(of: nn.Module) -> float:
+        found = attention_selection_report(of, ids, lengths=(16,), top_n=(4,), vectors="values")
+        return float(found.mass[0, 1, 0, 0])
+
+    assert report(model("sliding_window", window=4, sinks=0)) == pytest.approx(1), "four keys hold all weight"
+    full = model("full")
+    assert report(full) < 0.9
+    with regard.retrofit(full, "sliding_window", window=4, sinks=0):
+        assert report(full) == pytest.approx(1)
+    for unnormalised in ("lightning_attention", "lla"):  # sums of other than one; negative weights
+        with pytest.raises(OptionError, match="no normaliser"):
+            report(model(unnormalised))
+    with pytest.raises(OptionError, match="training"):
+        report(full.train())
+    assert full.training
+    with pytest.raises(OptionError, match="no normaliser"):
+        jacobian_norm(torch.tensor([0.5, 0.2]))
+    with pytest.raises(OptionError, match="no normaliser"):
+        jacobian_norm(torch.tensor([1.5, -0.5]))
+    assert float(jacobian_norm(torch.full((4,), 0.25, dtype=torch.bfloat16))) == pytest.approx(0.25)
 
 
 def test_nano_is_at_hand() -> None:
@@ -307,7 +428,17 @@ def test_wrong_input_is_told() -> None:
         critical_top_n(x, alpha, 0)
     with pytest.raises(OptionError, match="bound"):
         weight_bounds(-1, 5)
-    with pytest.raises(OptionError, match="nano"):
-        attention_selection_report("gpt2", "text")
+    with pytest.raises(FileFormatError, match="no/such"):
+        attention_selection_report("./no/such", "text")
+    with pytest.raises(OptionError, match="positive and finite"):
+        normalise(torch.tensor([-1.0, -2.0]), F.relu)
+    with pytest.raises(OptionError, match="positive and finite"):
+        normalise(torch.tensor([0.0, 999.0]), torch.exp)
+    with pytest.raises(OptionError, match="negative for one"):
+        normalise(torch.tensor([3.0, -1.0]), lambda x: x)
+    x[3, 1] = math.nan
+    for measure in (selection_distance, separability):
+        with pytest.raises(OptionError, match="NaN"):
+            measure(x, alpha, 2)
     with pytest.raises(ShapeError, match="windows"):
         attention_selection_report(nn.Identity(), torch.zeros(3, dtype=torch.int64))

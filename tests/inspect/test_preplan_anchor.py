@@ -106,6 +106,35 @@ def test_heads_are_split_by_how_far_they_look_from_the_response() -> None:
     mean = mean_map(weights, local)
     torch.testing.assert_close(mean, sum(weights[layer, :, head] for layer, head in local) / 3)
     assert [len(each) for each in split_heads(distance[:1, :2], 0.1)] == [1, 1]
+    # 1.8 heads are two.
+    assert [len(each) for each in split_heads(distance[:, :3], 0.3)] == [2, 2]
+
+
+@pytest.mark.paper("preplan_anchor")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_neither_overflows_nor_loses_distances(dtype: torch.dtype) -> None:
+    length = 2048
+    maps = first(length).to(dtype)
+    assert float(head_distance(maps[None, :, None].expand(1, 1, 2, -1, -1))[0, 0]) == (length - 1) / 2
+    assert waad(maps, 1999)[0, -50:].tolist() == [1998.0] + 49 * [1999.0]
+    column = torch.zeros(1, 600, 600, dtype=dtype)
+    column[:, 1:, 0] = 0.3
+    received = fai(column, 1, None)
+    assert received.dtype == torch.float32
+    assert float(received[0, 0]) == pytest.approx(float(column[0, 1, 0]), rel=1e-6)
+
+
+@pytest.mark.paper("preplan_anchor")
+def test_rows_beside_the_response_may_hold_anything() -> None:
+    """Padding comes as uniform rows, or as NaN."""
+    weights, mask = causal(2, 1, 3), torch.zeros(1, LENGTH, dtype=torch.bool)
+    mask[:, 4:] = True
+    distance, influence = head_distance(weights, mask), fai(weights[0, :, 0], 2, 6, mask)
+    for filler in (1 / LENGTH, torch.nan):
+        padded = weights.clone()
+        padded[..., :4, :] = filler
+        torch.testing.assert_close(head_distance(padded, mask), distance)
+        torch.testing.assert_close(fai(padded[0, :, 0], 2, 6, mask), influence)
 
 
 @pytest.mark.paper("preplan_anchor")
@@ -142,6 +171,39 @@ def test_one_pass_says_what_the_captured_maps_say(rows: int) -> None:
     torch.testing.assert_close(found.fai, fai(mean_map(weights, distant), 2, 6, mask))
 
 
+@pytest.mark.paper("preplan_anchor")
+def test_as_many_heads_as_asked_for_in_each_set() -> None:
+    torch.manual_seed(1)
+    model = SequenceModel(11, vocab_size=11, embed_dim=16, depth=2, num_heads=4).double().eval()
+    tokens = torch.randint(11, (2, 18))
+    found = attention_rhythm(model, lambda: model(tokens), torch.ones_like(tokens), q=0.5)
+    assert (found.local_heads, found.global_heads) == split_heads(found.distance, 0.5)
+    assert len(found.local_heads) == 4
+
+
+def test_padded_prompts_of_an_eager_model_in_half_precision() -> None:
+    pytest.importorskip("transformers")
+    from tests.retrofit.small_models import llama, padding, tokens
+
+    ids, model = tokens(2, 19), llama("eager").bfloat16()
+    seen = padding(2, 19, left=5)
+    response = torch.zeros_like(ids, dtype=torch.bool)
+    response[:, 9:] = True
+
+    def run() -> None:
+        model(input_ids=ids, attention_mask=seen)
+
+    found = attention_rhythm(model, run, response, lo=1, hi=4, window=6, rows=7)
+    with regard.capture(model, "weights") as trace, torch.no_grad():
+        run()
+    weights = trace.stack("weights")
+    assert weights.dtype == torch.bfloat16 and found.waad.dtype == torch.float32
+    exact = weights.double()
+    torch.testing.assert_close(found.distance.double(), head_distance(exact, response), rtol=1e-5, atol=1e-6)
+    near = waad(mean_map(exact, found.local_heads), 6)
+    torch.testing.assert_close(found.waad[response].double(), near[response], rtol=1e-5, atol=1e-6)
+
+
 def test_a_hugging_face_model_and_some_of_its_layers() -> None:
     pytest.importorskip("transformers")
     from tests.retrofit.small_models import llama, tokens
@@ -175,6 +237,8 @@ def test_chosen_tokens_are_the_largest_share_of_the_response() -> None:
         chosen = set(anchors[row].nonzero()[:, 0].tolist())
         best = sorted(range(20, 40), key=lambda at: -float(influence[row, at]))[:12]
         assert chosen == set(best)
+    # 1.6 tokens of four are two.
+    assert int(anchor_tokens(influence[:1, :4], 0.4).sum()) == 2
     # A token without influence is none, however many there should be.
     assert anchor_tokens(influence, 0.9, kept).sum(-1).tolist() == [20] * 4
 
@@ -199,12 +263,12 @@ def looped(looked: Tensor, influence: Tensor, q: float, k: int, alpha: float, am
 
 
 @pytest.mark.paper("preplan_anchor")
-@pytest.mark.parametrize(("k", "alpha"), [(3, 0.5), (1, 0.25), (2, 1.0)])
-def test_coupled_credit_agrees_with_a_loop(k: int, alpha: float) -> None:
+@pytest.mark.parametrize(("k", "alpha", "length"), [(3, 0.5, 31), (1, 0.25, 30), (2, 1.0, 31)])
+def test_coupled_credit_agrees_with_a_loop(k: int, alpha: float, length: int) -> None:
     torch.manual_seed(2)
-    looked, influence = 10 * torch.rand(6, 31, dtype=torch.float64), torch.rand(6, 31, dtype=torch.float64)
+    looked, influence = 10 * torch.rand(24, length, dtype=torch.float64), torch.rand(24, length, dtype=torch.float64)
     gamma = token_credit(looked, influence, "coupled", amp=1.5, alpha=alpha, k=k)
-    for row in range(6):
+    for row in range(24):
         assert gamma[row].tolist() == pytest.approx(looped(looked[row], influence[row], 0.4, k, alpha, 1.5))
     found = rhythm_coupling(looked, influence, k=k)
     assert bool((found.dominated <= found.anchors).all()) and bool(found.dominated.any())
@@ -212,6 +276,18 @@ def test_coupled_credit_agrees_with_a_loop(k: int, alpha: float) -> None:
     back = at - found.introduced_by[rows, at]
     assert int(back.min()) >= 1 and int(back.max()) <= k
     assert bool((found.introduced_by[~found.dominated] == -1).all())
+    assert not bool(found.dominated[:, 0].any())
+    # Without thresholds every anchor is dominated but one that nothing precedes.
+    free = rhythm_coupling(looked, influence, k=k, tau_waad=torch.inf, tau_delta=-torch.inf)
+    free.anchors[:, 0] = False
+    assert torch.equal(free.dominated, free.anchors)
+    never = rhythm_coupling(looked, influence, k=k, tau_waad=-1.0)
+    gamma_never = token_credit(looked, influence, k=k, tau_waad=-1.0)
+    torch.testing.assert_close(gamma_never, token_credit(looked, influence, "global"))
+    gamma_free = token_credit(looked, influence, alpha=0.25, k=k, tau_waad=torch.inf, tau_delta=-torch.inf)
+    extra = 0.75 * free.dominated + 0.25 * free.introductory
+    torch.testing.assert_close((gamma_free - 1)[:, k:] / 0.5, extra.to(gamma_free.dtype)[:, k:])
+    assert not bool(never.dominated.any()) and not bool(never.introductory.any())
     # Credit is handed on, never made: at most the anchors' extra, less where two share an introductory token.
     assert bool(((gamma - 1).sum(-1) <= 0.5 * found.anchors.sum(-1) + 1e-12).all())
 
@@ -222,6 +298,8 @@ def test_a_response_within_a_text_gets_the_credit_it_gets_alone() -> None:
     looked, influence = torch.rand(1, 40), torch.rand(1, 40)
     mask = torch.zeros(1, 40, dtype=torch.bool)
     mask[:, 13:35] = True
+    # What stands beside it would move the medians and take all places.
+    looked[~mask], influence[~mask] = 100.0, 100.0
     for mode in ("local", "global", "coupled"):
         whole = token_credit(looked, influence, mode, response_mask=mask)
         alone = token_credit(looked[:, 13:35], influence[:, 13:35], mode)
@@ -238,6 +316,34 @@ def test_lifts_of_signals_made_to_go_together() -> None:
     lift = rhythm_lift(looked, influence, entropy)
     assert lift.follows == 1 and lift.follows_by_chance == pytest.approx(10 / 31)
     assert lift.entropy_at_peaks == 3 and lift.entropy == pytest.approx(1 + 2 * 5 / 31)
+
+
+@pytest.mark.paper("preplan_anchor")
+def test_lifts_agree_with_loops_within_each_response() -> None:
+    torch.manual_seed(4)
+    # Whole numbers, so that some neighbours are equal and are no peaks.
+    looked, influence = torch.randint(5, (8, 40)).double(), torch.randint(1, 6, (8, 40)).double()
+    entropy = torch.rand(8, 40, dtype=torch.float64)
+    influence[:, 34:] = 0
+    mask = torch.rand(8, 40) > 0.2
+    mask[0, :5], mask[1] = False, True
+
+    def peaks(score: Tensor, row: int) -> set[int]:
+        inside = [t for t in range(1, 39) if all(mask[row, t - 1 : t + 2])]
+        return {t for t in inside if score[row, t] > max(score[row, t - 1], score[row, t + 1])}
+
+    at_peaks, followed, chances = [], [], []
+    for row in range(8):
+        tall, far = peaks(looked, row), peaks(influence, row)
+        at_peaks += [float(entropy[row, t]) for t in tall]
+        followed += [t in tall or t - 1 in tall for t in far]
+        room = [t for t in range(40) if mask[row, t] and influence[row, t] > 0]
+        chances += [sum(t in tall or t - 1 in tall for t in room) / len(room)] * len(far)
+    lift = rhythm_lift(looked, influence, entropy, mask)
+    assert lift.entropy_at_peaks == pytest.approx(sum(at_peaks) / len(at_peaks))
+    assert lift.entropy == pytest.approx(float(entropy[mask].mean()))
+    assert lift.follows == pytest.approx(sum(followed) / len(followed))
+    assert lift.follows_by_chance == pytest.approx(sum(chances) / len(chances))
 
 
 def test_strings_hold_their_plan() -> None:
@@ -274,7 +380,7 @@ def test_wrong_input_is_told() -> None:
         fai(maps, 1, 3, torch.ones(2, 8, dtype=torch.bool))
     with pytest.raises(OptionError, match="share"):
         split_heads(torch.rand(2, 4), 0.7)
-    with pytest.raises(OptionError, match="average"):
+    with pytest.raises(OptionError, match="at least"):
         mean_map(causal(1, 2, 3), [])
     with pytest.raises(OptionError, match="share"):
         anchor_tokens(scores, 0.0)
@@ -288,12 +394,56 @@ def test_wrong_input_is_told() -> None:
         rhythm_coupling(scores, scores, k=0)
     with pytest.raises(ShapeError, match="same text"):
         rhythm_coupling(scores, scores[:, :5])
+    with pytest.raises(ShapeError, match="same text"):
+        rhythm_lift(scores, scores[:, :5], scores)
+    with pytest.raises(OptionError, match="no token"):
+        head_distance(maps[None, :, None], torch.zeros(2, 9))
+    with pytest.raises(OptionError, match="NaN"):
+        token_credit(scores, scores / 0 * 0)
+    with pytest.raises(OptionError, match="NaN"):
+        split_heads(torch.full((2, 4), torch.nan))
+    with pytest.raises(OptionError, match="heads 0 to 2"):
+        mean_map(causal(1, 2, 3), [(0, 3)])
+    with pytest.raises(OptionError, match="layers 0 to 0"):
+        mean_map(causal(1, 2, 3), [(-1, 0)])
+    for call in (lambda whole: fai(whole[0, :, 0], 1, 3), head_distance):
+        with pytest.raises(OptionError, match="later tokens"):
+            call(torch.full((1, 2, 2, 9, 9), 1 / 9))
     with pytest.raises(OptionError, match="layer"):
         middle_layers(0)
     model = SequenceModel(11, vocab_size=11, embed_dim=16, depth=1, num_heads=2).eval()
     with pytest.raises(ShapeError, match="prompts and responses"):
         attention_rhythm(model, lambda: model(torch.zeros(2, 9, dtype=torch.int64)), torch.ones(2, 8))
-    with pytest.raises(OptionError, match="two sets"):
-        attention_rhythm(model, lambda: None, torch.ones(2, 8), heads=([(0, 0)], []))
+    tokens = torch.zeros(2, 9, dtype=torch.int64)
+    for local, distant in (([(0, 0)], []), ([(0, 2)], [(0, 0)]), ([(0, 0)], [(0, -1)])):
+        with pytest.raises(OptionError, match="heads 0 to 1"):
+            attention_rhythm(model, lambda: model(tokens), torch.ones(2, 9), heads=(local, distant))
     with pytest.raises(OptionError, match="No attention layer"):
         attention_rhythm(model, lambda: None, torch.ones(2, 8))
+
+
+def test_steps_of_generation_and_encoders_are_refused_and_the_model_is_left_alone() -> None:
+    pytest.importorskip("transformers")
+    from tests.retrofit.small_models import bert, llama, tokens
+
+    model, ids = llama(), tokens(2, 12)
+    before = model(input_ids=ids).logits
+    with pytest.raises(ShapeError, match="one pass"):
+        attention_rhythm(model, lambda: model.generate(ids, max_new_tokens=3), torch.ones(2, 12))
+    with torch.no_grad():
+        past = model(input_ids=ids[:, :11], use_cache=True).past_key_values
+    with pytest.raises(ShapeError, match="one pass"):
+        attention_rhythm(model, lambda: model(input_ids=ids[:, 11:], past_key_values=past), torch.ones(2, 12))
+    assert torch.equal(model(input_ids=ids).logits, before)
+    encoder = bert()
+    with pytest.raises(OptionError, match="later tokens"):
+        attention_rhythm(encoder, lambda: encoder(input_ids=ids), torch.ones(2, 12))
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_the_shortest_texts(length: int) -> None:
+    scores = torch.rand(2, length)
+    assert torch.equal(rhythm_coupling(scores, scores, q=1.0).anchors, torch.ones(2, length).bool())
+    assert torch.equal(token_credit(scores, scores, "local")[:, -1], torch.ones(2))
+    lift = rhythm_lift(scores, scores, scores)
+    assert lift.entropy == pytest.approx(float(scores.mean())) and lift.follows != lift.follows

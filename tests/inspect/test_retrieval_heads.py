@@ -64,6 +64,21 @@ def test_a_token_that_is_emitted_twice_counts_once() -> None:
 
 
 @pytest.mark.paper("retrieval_heads")
+def test_a_needle_that_holds_a_token_twice_and_one_that_stands_after_it_too() -> None:
+    prompt = torch.tensor([5, 1, 5, 5, 6, 6, 9])
+    for official in (False, True):
+        scorer = RetrievalScorer((2, 5), prompt, official=official)
+        for place, token in ((2, 5), (3, 5), (4, 6)):
+            assert scorer.step(row(place, keys=7), token).all()
+        # Of two kinds of tokens both, and of three tokens all.
+        assert float(scorer.score()) == pytest.approx(1)
+        # The same tokens just before and after the needle are no part of it.
+        outside = RetrievalScorer((3, 5), prompt, official=official)
+        assert not outside.step(row(2, keys=7), 5).any() and not outside.step(row(5, keys=7), 6).any()
+        assert float(outside.score()) == 0
+
+
+@pytest.mark.paper("retrieval_heads")
 def test_heads_are_scored_apart_and_steps_told() -> None:
     scorer = RetrievalScorer(SPAN, PROMPT)
     assert scorer.step(row(3, 4, 9), 5).tolist() == [[True, False, False]]
@@ -203,6 +218,14 @@ def test_a_prescribed_copier_is_found_in_contexts_that_it_answers() -> None:
         found = detect_retrieval_heads(model, task, 12, forced=forced)
         assert found.recall == [1.0] * 12
         assert found.scores.tolist() == [[1.0, 0.0]] and found.heads == [(0, 0)]
+    # A recall has to be above the threshold; the answer has four tokens, so the model is asked four times.
+    assert detect_retrieval_heads(model, task, 2, recall_threshold=1.0).by_context.shape == (0, 1, 2)
+    calls = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    detect_retrieval_heads(model, task, 1)
+    detect_retrieval_heads(model, task, 1, steps=2)
+    handle.remove()
+    assert len(calls) == 4 + 2
     with mask_heads(model, [(0, 0)]):
         without = detect_retrieval_heads(model, task, 12)
     # No context counts: what the model writes without the head is no answer.
@@ -215,6 +238,10 @@ def test_frequency_and_overlap() -> None:
     assert activation_frequency(by_context).tolist() == [[1.0, 0.25]]
     found = RetrievalScores(by_context, [1.0] * 4)
     assert found.heads == [(0, 0)] and found.ranking == [(0, 0), (0, 1)]
+    # The bound itself counts.
+    assert RetrievalScores(torch.tensor([[[0.25, 0.5, 0.125]]]), [1.0], 0.25).heads == [(0, 1), (0, 0)]
+    at_bound = head_overlap(torch.tensor([[0.25, 0.5]]), torch.tensor([[0.25, 0.0]]), threshold=0.25)
+    assert at_bound.jaccard == 0.5
     first = torch.tensor([[0.9, 0.5, 0.0], [0.0, 0.2, 0.05]])
     same = head_overlap(first, first)
     assert same.jaccard == 1 and same.correlation == pytest.approx(1)
@@ -238,6 +265,8 @@ def test_needles_stand_where_they_should() -> None:
     task = needle_task([24, 40], [0.0, 1.0], 5, 20)
     assert [(len(task(i).prompt), task(i).span[0]) for i in range(4)] == [(24, 1), (24, 18), (40, 1), (40, 34)]
     assert torch.equal(task(1).prompt, task(1).prompt) and not torch.equal(task(0).prompt, task(4).prompt)
+    other = needle_task([24, 40], [0.0, 1.0], 5, 20, seed=1)
+    assert other(1).span == task(1).span and not torch.equal(other(1).prompt, task(1).prompt)
 
 
 @pytest.mark.paper("retrieval_heads")
@@ -253,6 +282,11 @@ def test_text_needles_end_a_line_and_repeat_their_beginning() -> None:
         before = tokenizer.decode(needle.prompt[: needle.span[0]])
         assert before.endswith(cue) and text.count(cue + answer) == 1
         assert index % 3 == 2 or before.removesuffix(cue).endswith((">", "\n"))
+    # All places for one form before the next.
+    forms = ["secret words" in tokenizer.decode(task(index).prompt) for index in range(9)]
+    assert forms == [False] * 3 + [True] * 3 + [False] * 3
+    two = text_needle_task(tokenizer, hay, 80, 0.3, [TextNeedle("One is", " first"), TextNeedle("Two is", " second")])
+    assert [tokenizer.decode(two(index).answer) for index in range(3)] == [" first", " second", " first"]
     own = text_needle_task(tokenizer, hay, 80, 0.3, [TextNeedle("The key is", " under the mat", "Where is the key?")])
     assert tokenizer.decode(own(0).prompt).endswith("Where is the key?")
     assert tokenizer.decode(own(0).answer) == " under the mat"
@@ -266,6 +300,13 @@ def test_heads_of_the_small_model_that_copy() -> None:
     found = text_retrieval_scores(model, tokenizer, "import os\nimport sys\n\n\ndef main():\n    print(os.name)\n\n")
     handle.remove()
     assert len(calls) == 12 and len(found.recall) == 12
+    # A model that takes no more tokens is given no more.
+    lengths = []
+    model.config.max_position_embeddings = 120
+    handle = model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    text_retrieval_scores(model, tokenizer, "import os\n", contexts=2)
+    handle.remove()
+    assert min(lengths) > 60 and max(lengths) <= 120
     # Signatures of functions it copies.
     assert len(found.by_context) >= 4 and found.heads
     assert float(found.scores.max()) > 0.3 and 0 <= float(found.scores.min()) < 0.05
@@ -291,20 +332,37 @@ def test_recall_counts_tokens() -> None:
 
 
 def test_what_is_wrong_is_told() -> None:
-    with pytest.raises(OptionError, match="span"):
-        Needle(PROMPT, (3, 11))
+    for span in ((3, 11), (3, 3), (-1, 2)):
+        with pytest.raises(OptionError, match="span"):
+            Needle(PROMPT, span)
     with pytest.raises(OptionError, match="context"):
         needle_task(6, 0.5, 8, 30)(0)
     with pytest.raises(OptionError, match="vocab"):
         needle_task(20, 0.5, 8, 9)(0)
     with pytest.raises(OptionError, match="depth"):
         needle_task(20, 1.5, 8, 30)
-    with pytest.raises(OptionError, match="at least 1"):
-        detect_retrieval_heads(Model(30), needle_task(20, 0.5, 4, 30), 0)
+    for options in ({"n": 0}, {"steps": 0}, {"steps": 3, "forced": True}):
+        with pytest.raises(OptionError, match="at least 1"):
+            detect_retrieval_heads(Model(30), needle_task(20, 0.5, 4, 30), **options)
     with pytest.raises(OptionError, match="step"):
         RetrievalScorer(SPAN, PROMPT).score()
     with pytest.raises(ShapeError, match="heads, keys"):
         RetrievalScorer(SPAN, PROMPT).step(torch.zeros(3, 4), 1)
+    # Of a window's rows it is not known which keys they are.
+    with pytest.raises(ShapeError, match="10 tokens"):
+        RetrievalScorer(SPAN, PROMPT).step(torch.zeros(1, 1, 6), 1)
+    with pytest.raises(OptionError, match="NaN"):
+        RetrievalScorer(SPAN, PROMPT).step(torch.full((1, 1, 10), float("nan")), 5)
+    other = RetrievalScorer(SPAN, PROMPT)
+    other.step(row(3), 5)
+    with pytest.raises(ShapeError, match="other heads"):
+        other.step(row(3, 4), 5)
+    with pytest.raises(OptionError, match="float32"):
+        Needle(PROMPT.float(), SPAN)
+    with pytest.raises(OptionError, match="answer"):
+        needle_recall([], [1])
+    with pytest.raises(OptionError, match="NaN"):
+        head_overlap(torch.full((1, 2), float("nan")), torch.ones(1, 2))
     tokenizer = load_tokenizer()
     with pytest.raises(OptionError, match="haystack"):
         text_needle_task(tokenizer, "", 80, 0.5)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import regard
+import regard.inspect.saliency
 from regard.errors import OptionError, ShapeError
 from regard.inspect.saliency import (
     attention_saliency,
@@ -50,6 +54,9 @@ def test_gradients_work_where_none_are_kept_and_leave_none() -> None:
         found = input_gradient(lambda x: layer(x)[:, 0, 0], torch.randn(2, 1, 3))
     torch.testing.assert_close(found, layer.weight.detach().expand(2, 1, 3))
     assert layer.weight.grad is None
+    inputs = torch.randn(2, 1, 3)
+    input_gradient(lambda x: layer(x)[:, 0, 0], inputs)
+    assert not inputs.requires_grad
 
 
 def test_presence_replaces_tokens_positions_and_regions() -> None:
@@ -66,6 +73,11 @@ def test_presence_replaces_tokens_positions_and_regions() -> None:
     regions = torch.tensor([[0, 1], [1, -1]])
     presence(model, torch.ones(2, 2), 0.0, regions)(torch.tensor([[False, True], [False, False]]))
     assert seen.pop().tolist() == [[[0, 1], [1, 1]], [[0, 0], [0, 1]]]
+    seen.clear()
+    parameter = torch.ones(3, requires_grad=True)
+    present = presence(lambda x: model(x) * parameter.sum(), torch.ones(4), batch_size=3)
+    assert present(torch.ones(7, 4, dtype=torch.bool)).requires_grad is False
+    assert [len(part) for part in seen] == [3, 3, 1]
 
 
 def test_every_perturbation_finds_the_terms_of_an_additive_score() -> None:
@@ -146,6 +158,8 @@ def test_correlations_against_their_definitions() -> None:
 def test_overlap_and_agreement() -> None:
     a, b = torch.tensor([4.0, 3, 2, 1, 0]), torch.tensor([4.0, 0, 3, 1, 2])
     assert float(top_k_overlap(a, b, 2)) == 0.5 and float(top_k_overlap(a, b, 5)) == 1
+    # The largest, not those of largest size.
+    assert float(top_k_overlap(torch.tensor([-9.0, 1, 2]), torch.tensor([0.0, 3, 4]), 2)) == 1
     both = explanation_agreement(a, b, 3)
     assert float(both.overlap) == pytest.approx(2 / 3)
     torch.testing.assert_close(both.rank_correlation, rank_correlation(a, b))
@@ -163,6 +177,154 @@ def test_attention_saliency_reads_one_row() -> None:
     torch.testing.assert_close(attention_saliency(weights), weights[:, :, 0].mean(1))
 
 
+def test_the_example_of_the_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    text = str(regard.inspect.saliency.__doc__)
+    code = text.split("::\n\n", 1)[1].split("\n\nWhat differs", 1)[0]
+    names: dict[str, Any] = {}
+    exec("\n".join(line[4:] for line in code.splitlines()), names)
+    length = names["ids"].shape[1]
+    for found in ("attention", "gradient", "surrogate"):
+        assert names[found].shape == (length,) and bool(names[found].isfinite().all())
+    assert float(names["attention"].sum()) == pytest.approx(1, abs=1e-5)
+    assert "rank_correlation" in capsys.readouterr().out
+
+
+Scored = tuple[Any, Tensor, Callable[..., Tensor], int]
+
+
+def classifier() -> Scored:
+    """BERT with a head; the logit of label 2."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from tests.retrofit.small_models import tokens, wide
+
+    config = BertConfig(
+        vocab_size=61,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_labels=3,
+        attn_implementation="sdpa",
+    )
+    model = wide(BertForSequenceClassification(config)).double()
+    return model, tokens(2, 9), lambda **given: model(**given).logits[:, 2], 0
+
+
+def language_model(name: str) -> Scored:
+    """The logit of token 7 after the last one."""
+    from tests.retrofit.small_models import FAMILIES, tokens
+
+    model = FAMILIES[name]().double()
+    return model, tokens(2, 9), lambda **given: model(**given).logits[:, -1, 7], -1
+
+
+def encoder_decoder() -> Scored:
+    """T5; the logit of token 7 at the third step."""
+    from tests.retrofit.small_models import t5, tokens
+
+    model, inputs = t5().double(), tokens(1, 4)
+
+    def score(**given: Tensor) -> Tensor:
+        count = len(next(iter(given.values())))
+        return model(decoder_input_ids=inputs.expand(count, -1), **given).logits[:, 2, 7]
+
+    return model, tokens(2, 9), score, 2
+
+
+@pytest.mark.parametrize("kind", ["classifier", "llama", "gpt2", "encoder_decoder"])
+def test_hugging_face_models_are_explained_as_they_are(kind: str) -> None:
+    """Gradients against those inside a run on tokens, perturbation and attention against loops."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind in ("classifier", "encoder_decoder"):
+        model, ids, score, query = classifier() if kind == "classifier" else encoder_decoder()
+    else:
+        model, ids, score, query = language_model(kind)
+    embedded = model.get_input_embeddings()(ids).detach()
+    gradient = input_gradient(lambda e: score(inputs_embeds=e), embedded)
+    assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
+    inside: list[Tensor] = []
+    table = (model.get_encoder() if kind == "encoder_decoder" else model).get_input_embeddings()
+    handle = table.register_forward_hook(lambda layer, given, output: inside.append(output))
+    said = score(input_ids=ids)
+    handle.remove()
+    torch.testing.assert_close(gradient, torch.autograd.grad(said.sum(), inside[0])[0])
+
+    found = occlusion(presence(lambda x: score(input_ids=x), ids[1], 0, batch_size=4), ids.shape[1])
+    for at in range(ids.shape[1]):
+        without = ids[1].clone()
+        without[at] = 0
+        with torch.no_grad():
+            torch.testing.assert_close(found[at], (score(input_ids=ids[1:]) - score(input_ids=without[None]))[0])
+
+    with torch.no_grad(), regard.capture(model, "weights") as trace:
+        score(input_ids=ids)
+    last = trace[-1].weights
+    assert last is not None
+    attention = attention_saliency(last, query=query)
+    assert attention.shape == ids.shape
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, dtype=attention.dtype))
+    torch.testing.assert_close(attention, sum(last[:, h, query] for h in range(4)) / 4)
+    assert explanation_agreement(attention, gradient.norm(dim=-1), 3).rank_correlation.shape == (2,)
+
+
+def test_patches_of_a_picture_are_features() -> None:
+    pytest.importorskip("transformers")
+    from tests.retrofit.small_models import vit
+
+    model, picture = vit(), torch.randn(3, 24, 24)
+    row = torch.arange(24) // 8
+    patches = (3 * row[:, None] + row).expand(3, 24, 24)
+    found = occlusion(presence(lambda x: model(pixel_values=x).last_hidden_state[:, 0, 5], picture, 0.0, patches), 9)
+    without = picture.clone()
+    without[:, 8:16, 16:] = 0
+    with torch.no_grad():
+        both = model(pixel_values=torch.stack((picture, without))).last_hidden_state[:, 0, 5]
+    assert found.shape == (9,)
+    torch.testing.assert_close(found[5], both[0] - both[1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_mechanisms_own_map_is_read_like_any_other() -> None:
+    query, key = torch.randn(2, 1, 4, 32, 8)
+    weights = regard.create("moba", block_size=8, top_k=1).weights(query, key, causal=True)
+    saliency = attention_saliency(weights, query=-1)
+    torch.testing.assert_close(saliency, weights[:, :, 31].mean(1))
+    assert bool((attention_saliency(weights, query=0)[:, 1:] == 0).all())
+
+
+def test_half_precision_and_whole_numbers_are_summed_as_float32() -> None:
+    torch.manual_seed(0)
+    kept, terms = torch.rand(3000, 5) < 0.5, torch.tensor([2.0, -1.0, 0.5, 0.0, 4.0])
+    change = (~kept).float() @ terms
+    exact = mask_saliency(change, kept)
+    torch.testing.assert_close(mask_saliency(change.bfloat16(), kept), exact)
+    a, b = torch.randn(2, 400)
+    torch.testing.assert_close(pearson(a.bfloat16(), b.bfloat16()), pearson(a.bfloat16().float(), b.bfloat16().float()))
+    # Decisions of a model, 0 or 1: a vote of features 0 and 1.
+    votes = lambda kept: (kept[:, 0] & kept[:, 1]).long()  # noqa: E731
+    assert occlusion(votes, 3).tolist() == [1, 1, 0]
+    found = lime(votes, 3, 500, kernel_width=None)
+    assert found.is_floating_point() and float(found[:2].min()) > 0.2 > 0 > float(found[2])
+    assert float(deletion_curve(votes, torch.tensor([1.0, 2.0, 3.0])).auc) == pytest.approx(0.5)
+
+
+def test_nan_is_an_error_everywhere() -> None:
+    spoilt, fine = torch.tensor([1.0, torch.nan, 2.0]), torch.tensor([1.0, 2.0, 3.0])
+    for compare in (pearson, rank_correlation, lambda a, b: top_k_overlap(a, b, 2), lambda a, b: auroc(a, b > 2)):
+        with pytest.raises(OptionError, match="NaN"):
+            compare(spoilt, fine)
+    for explain in (
+        lambda: deletion_curve(lambda k: k.sum(-1).float(), spoilt),
+        lambda: occlusion(lambda k: torch.nan * k[:, 0], 3),
+        lambda: lime(lambda k: torch.nan * k[:, 0], 3, 20),
+        lambda: mask_saliency(spoilt, torch.eye(3, dtype=torch.bool)),
+    ):
+        with pytest.raises(OptionError, match="NaN"):
+            explain()
+
+
 def test_errors_say_what_to_do() -> None:
     with pytest.raises(ShapeError, match="one number for each"):
         input_gradient(lambda x: x, torch.ones(2, 3))
@@ -172,7 +334,7 @@ def test_errors_say_what_to_do() -> None:
         mask_saliency(torch.ones(3), torch.ones(3, 2, dtype=torch.bool))
     with pytest.raises(OptionError, match="between 1 and"):
         top_k_overlap(torch.ones(3), torch.ones(3), 4)
-    with pytest.raises(ShapeError, match="same two or more"):
+    with pytest.raises(ShapeError, match="same 2 or more"):
         pearson(torch.ones(3), torch.ones(4))
     with pytest.raises(ShapeError, match="column a feature"):
         presence(lambda x: x, torch.ones(4))(torch.ones(2, 3, dtype=torch.bool))
@@ -186,3 +348,21 @@ def test_errors_say_what_to_do() -> None:
         auroc(torch.ones(3), torch.ones(3, dtype=torch.bool))
     with pytest.raises(OptionError, match="over the heads"):
         attention_saliency(torch.ones(1, 1, 1, 1), "sum")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="There is no query 3"):
+        attention_saliency(torch.ones(1, 1, 3, 3), query=3)
+    with pytest.raises(OptionError, match="Embed tokens first"):
+        input_gradient(lambda x: x.sum(1), torch.ones(2, 3, dtype=torch.int64))
+    fixed = torch.ones(2, requires_grad=True)
+    for score in (lambda x: x.detach().sum(1), lambda x: fixed * 2):
+        with pytest.raises(OptionError, match="does not depend"):
+            input_gradient(score, torch.ones(2, 3))
+    with pytest.raises(OptionError, match="Wrap it"):
+        presence(lambda x: {"logits": x}, torch.ones(2))(torch.ones(1, 2, dtype=torch.bool))  # type: ignore[arg-type,return-value]
+    with pytest.raises(ShapeError, match="for 1 inputs"):
+        presence(lambda x: x.sum(), torch.ones(2))(torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(ShapeError, match=r"\(n, 4\)"):
+        occlusion(presence(lambda x: x.sum(-1), torch.ones(4)), 5)
+    with pytest.raises(ShapeError, match="One saliency per feature"):
+        deletion_curve(lambda k: k.sum(-1).float(), torch.ones(2, 3))
+    with pytest.raises(ShapeError, match="num_heads, q_len"):
+        attention_saliency(torch.ones(3, 3))

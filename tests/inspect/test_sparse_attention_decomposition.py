@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from regard.inspect.sparse_attention_decomposition import (
 )
 from regard.models.attention_only import AttentionOnlyModel
 from regard.models.sequence import SequenceModel
-from tests.retrofit.small_models import gpt2, llama
+from tests.retrofit.small_models import bert, gpt2, llama, t5
 
 LENGTH, HEADS = 9, 4
 KINDS = ("attention only", "pre-norm", "gpt2")
@@ -179,33 +180,48 @@ def test_mode_b_changes_one_head_of_the_layer(kind: str) -> None:
 
 
 @pytest.mark.paper("sparse_attention_decomposition")
+@pytest.mark.parametrize("kind", ["attention only", "pre-norm"])
 @pytest.mark.parametrize("side", ["s", "d"])
-def test_mode_b_is_a_step_of_one_heads_input(side: str) -> None:
+def test_mode_b_is_a_step_of_one_heads_input(kind: str, side: str) -> None:
     """Queries, keys and values by hand, from the normalised residual less the projected output of the head."""
-    found = model("attention only")
+    found: Any = model(kind)
     cache = read_scores(found, prompt())
     edge = some_edge(cache, side=side)
     used = cache.used(*edge.downstream, edge.dst, edge.src)
     layer, head = edge.downstream
     basis = torch.linalg.svd(omega(found, layer, head))
     vectors = (basis.Vh.mT if side == "s" else basis.U)[:, used]
-    block = found.layers[layer]  # type: ignore[index]
+    if kind == "attention only":
+        block, upstream = found.layers[layer], found.layers[edge.upstream[0]]
+        norm, before_it = None, None
+    else:
+        block, upstream = (found.blocks[at].attention for at in (layer, edge.upstream[0]))
+        norm, before_it = (found.blocks[at].attention_norm for at in (layer, edge.upstream[0]))
     with regard.capture(found, "all") as before:
         found(prompt())
-    upstream = found.layers[edge.upstream[0]]  # type: ignore[index]
     columns = slice(8 * edge.upstream[1], 8 * edge.upstream[1] + 8)
-    z = before[edge.upstream[0]].head_outputs
-    assert z is not None
-    wrote = upstream.out.weight[:, columns] @ (z[0, edge.upstream[1], edge.token] - upstream.value.bias[columns])
+    z, offset = before[edge.upstream[0]].head_outputs, upstream.value.bias[columns]
+    assert z is not None and before[layer].hidden_states is not None
+    if before_it is not None:
+        offset = offset + upstream.value.weight[columns] @ before_it.bias
+    wrote = upstream.out.weight[:, columns] @ (z[0, edge.upstream[1], edge.token] - offset)
+    if norm is not None:
+        wrote = wrote - wrote.mean()
     delta = (vectors @ vectors.mT @ torch.cat((wrote, wrote.new_ones(1))))[:-1]
+    if norm is not None:
+        delta = delta - delta.mean()
     torch.testing.assert_close(edge_signal(cache, edge), delta.detach(), atol=1e-9, rtol=1e-7)
+    step = delta
+    if norm is not None:
+        x = before[layer].hidden_states[0, edge.token]  # type: ignore[index]
+        step = norm.weight * delta / (x.var(correction=0) + norm.eps).sqrt()
     with ablate_edge(cache, edge, "B"), regard.capture(found, "all") as after:
         found(prompt())
     rows = slice(8 * head, 8 * head + 8)
     for name, linear in (("queries", block.query), ("keys", block.key), ("values", block.value)):
         old, new = getattr(before[layer], name)[0, head], getattr(after[layer], name)[0, head]
         expected = old.clone()
-        expected[edge.token] -= linear.weight[rows] @ delta
+        expected[edge.token] -= linear.weight[rows] @ step
         torch.testing.assert_close(new, expected.detach())
 
 
@@ -340,6 +356,7 @@ def test_which_pairs_fire() -> None:
     assert firing_edges(weights, scores).tolist() == [[1, 1]]
     assert firing_edges(weights, scores, skip_first=False).tolist() == [[0, 0], [1, 1]]
     assert firing_edges(weights, scores.abs(), 0.65).tolist() == [[2, 2]]
+    assert firing_edges(torch.tensor([[0.0, 0.5]]), torch.ones(1, 2)).tolist() == []
     with pytest.raises(ShapeError):
         firing_edges(weights, scores[:2])
 
@@ -369,6 +386,191 @@ def test_a_trace_ends_where_the_sum_is_covered_and_goes_on_where_heads_fire() ->
         assert any(e.upstream == (layer, head) and e.token == dst for e in edges)
     assert trace(found, prompt(), start) == edges
     assert edges[0].networkx()[1] == (*start[:2], edges[0].token)
+
+
+@pytest.mark.paper("sparse_attention_decomposition")
+def test_omega_behind_a_layer_norm_reads_no_mean() -> None:
+    """Its weights are centred as its states are, on which the singular vectors depend."""
+    for kind in ("pre-norm", "gpt2"):
+        mean = torch.cat((torch.ones(32), torch.zeros(1))).double()
+        for head in range(HEADS):
+            whole = omega(model(kind), 1, head)
+            assert max(float((whole @ mean).abs().max()), float((mean @ whole).abs().max())) < 1e-10
+
+
+@pytest.mark.paper("sparse_attention_decomposition")
+def test_a_trace_goes_on_from_the_token_that_was_written_to() -> None:
+    """With every head of layer 1 firing on its best earlier token, against a recursion."""
+    cache = read_scores(model("attention only"), prompt())
+    weights = [torch.zeros_like(maps) for maps in cache.weights]
+    for head in range(HEADS):
+        for dst in range(1, LENGTH):
+            weights[1][head, dst, 1 + int(cache.scores[1][head, dst, 1 : dst + 1].argmax())] = 1
+    start = (2, 0, *(int(i) for i in (cache.scores[2][0].tril()[:, 1:] > 0).nonzero()[-1] + torch.tensor([0, 1])))
+    weights[2][0, start[2], start[3]] = 1
+    cache = replace(cache, weights=weights)
+
+    def follow(place: tuple[int, ...]) -> set[tuple[Any, ...]]:
+        layer, head, dst, src = place
+        found: set[tuple[Any, ...]] = set()
+        if layer == 0:
+            return found
+        for side, token, given in zip("ds", (dst, src), upstream_contribution(cache, *place), strict=True):
+            ranked = sorted(((float(given[a, b]), a, b) for a in range(layer) for b in range(HEADS)), reverse=True)
+            total, so_far = sum(weight for weight, _, _ in ranked), 0.0
+            for weight, a, b in ranked:
+                found.add(((a, b), (layer, head), dst, src, side))
+                for key in range(1, token + 1):
+                    if cache.weights[a][b, token, key] > 0.5 and cache.scores[a][b, token, key] > 0:
+                        found |= follow((a, b, token, key))
+                so_far += weight
+                if so_far > 0.7 * total:
+                    break
+        return found
+
+    edges = trace(cache, None, start)
+    assert {(e.upstream, e.downstream, e.dst, e.src, e.side) for e in edges} == follow(start)
+    assert len(edges) == len(set(edges)) and {edge.downstream[0] for edge in edges} == {1, 2}
+
+
+@pytest.mark.paper("sparse_attention_decomposition")
+def test_edges_make_a_graph() -> None:
+    networkx = pytest.importorskip("networkx")
+    found = model("attention only")
+    cache = read_scores(found, prompt())
+    fires = firing_edges(cache.weights[2], cache.scores[2])
+    edges = max((trace(cache, None, (2, *(int(i) for i in at))) for at in fires), key=len)
+    graph = networkx.MultiDiGraph()
+    graph.add_edges_from(edge.networkx() for edge in edges)
+    assert graph.number_of_edges() == len(edges) > 2
+    for upstream, downstream, facts in graph.edges(data=True):
+        assert upstream[0] < downstream[0] and downstream[2] == facts["dst" if facts["type"] == "d" else "src"]
+
+
+@pytest.mark.paper("sparse_attention_decomposition")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_in_float32(dtype: torch.dtype) -> None:
+    found = model("gpt2").to(dtype)
+    cache, exact = read_scores(found, prompt()), read_scores(found.double(), prompt())
+    for layer in range(2):
+        assert cache.scores[layer].dtype == cache.svd.left.dtype == torch.float32
+        size = float(exact.scores[layer].abs().max())
+        torch.testing.assert_close(cache.scores[layer].double(), exact.scores[layer], rtol=0.0, atol=0.05 * size)
+    edge = some_edge(cache)
+    for mode in ("A", "B"):
+        with ablate_edge(cache, edge, mode), regard.capture(found.to(dtype)) as after:  # type: ignore[arg-type]
+            found(prompt())
+        assert after[1].weights is not None and after[1].weights.dtype == dtype
+
+
+@pytest.mark.paper("sparse_attention_decomposition")
+def test_models_whose_scores_omega_does_not_give_are_refused() -> None:
+    def encoder(norm_first: bool) -> nn.Module:
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=norm_first)
+        return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+    rotary = SequenceModel(9, vocab_size=9, embed_dim=8, num_heads=2, depth=1).eval()
+    for found, told in (
+        (llama(), "rotary"),
+        (rotary, "rotary"),
+        (bert(), "norm before attention"),
+        (encoder(False), "norm before attention"),
+    ):
+        for asking in (lambda m=found: omega(m, 0, 0), lambda m=found: omega_svd(m)):
+            with pytest.raises(RetrofitError, match=told):
+                asking()
+    assert omega(encoder(True), 0, 1).shape == (9, 9)
+    # T5 is pre-norm, its bias by distance comes after the score.
+    cache = read_scores(t5().encoder, prompt())
+    with regard.capture(encoder_of := cache.model, "all") as seen:
+        encoder_of(prompt())
+    assert seen[1].queries is not None and seen[1].keys is not None
+    torch.testing.assert_close(cache.scores[1], (seen[1].queries @ seen[1].keys.mT)[0], rtol=1e-4, atol=1e-4)
+    scaled = SequenceModel(9, vocab_size=9, embed_dim=8, num_heads=2, depth=1, positions="none").eval()
+    scaled.blocks[0].attention_scale = nn.Parameter(torch.ones(8))
+    with pytest.raises(RetrofitError, match="scales what attention writes"):
+        omega(scaled, 0, 0)
+    # Norms behind attention under the names of one before it: the run tells.
+    from transformers import BartConfig, BartModel
+
+    size = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = BartModel(BartConfig(vocab_size=60, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, **size)).eval()
+    with pytest.raises(RetrofitError, match="plain projection"):
+        read_scores(bart.encoder, prompt())
+    assert not any(module._forward_hooks for module in bart.modules())
+
+
+@pytest.mark.paper("sparse_attention_decomposition")
+def test_heads_and_tokens_that_there_are_not() -> None:
+    cache = read_scores(found := model("attention only"), prompt())
+    edge = some_edge(cache)
+    for at in ((3, 0, 4, 2), (1, 4, 4, 2), (-1, 0, 4, 2), (1, 0, LENGTH, 2), (1, 0, 4, -1)):
+        for asking in (
+            lambda a=at: cache.used(*a),
+            lambda a=at: upstream_contribution(cache, *a),
+            lambda a=at: score_parts(cache, *a),
+            lambda a=at: trace(cache, None, a),
+            lambda a=at: edge_signal(cache, Edge((0, 0), a[:2], a[2], a[3], "s", 0.0)),
+        ):
+            with pytest.raises(OptionError, match="There is no head"):
+                asking()
+    with pytest.raises(OptionError, match="There is no head"):
+        edge_signal(cache, Edge((0, 9), (1, 0), 4, 2, "s", 0.0))
+    for mode in ("A", "B"):
+        with pytest.raises(ShapeError, match="9 tokens"), ablate_edge(cache, edge, mode):  # type: ignore[arg-type]
+            found(prompt()[:, :-1])
+        with pytest.raises(ShapeError, match="9 tokens"), ablate_edge(cache, edge, mode):  # type: ignore[arg-type]
+            found(prompt().expand(2, -1))
+    with regard.capture(found) as after:
+        found(prompt())
+    assert after[2].weights is not None and torch.equal(after[2].weights[0], cache.weights[2])
+    # Nothing fires into the first key, so nothing leads there.
+    assert trace(cache, None, (2, 0, 5, 0)) == []
+    with pytest.raises(OptionError, match="cover"):
+        trace(cache, None, (2, 0, 5, 2), cover=0.0)
+    with pytest.raises(ShapeError):
+        read_scores(found, prompt()[:, :0])
+    with pytest.raises(OptionError, match="frac"):
+        read_scores(found, prompt(), frac=1.5)
+
+
+@pytest.mark.paper("sparse_attention_decomposition")
+def test_a_control_is_as_many_unused_vectors() -> None:
+    found = model("attention only")
+    cache = read_scores(found, prompt())
+    edge = some_edge(cache, most=4)
+    layer, head = edge.downstream
+    used = cache.used(layer, head, edge.dst, edge.src).tolist()
+    one, two, again = (edge_signal(cache, edge, torch.Generator().manual_seed(seed)) for seed in (0, 1, 0))
+    assert torch.equal(one, again) and not torch.equal(one, two)
+    # What it is made of: the projections on that many others, and on none of those used.
+    right = cache.svd.right[layer, head]
+    wrote = torch.cat((cache.written[0][edge.upstream[1], edge.token], torch.ones(1))).double()
+    parts = (right.mT @ wrote)[:, None] * right.mT[:, :-1]
+    taken = torch.linalg.lstsq(parts.mT, one[:, None]).solution[:, 0].round(decimals=6).tolist()
+    assert [k for k in range(8) if taken[k] == 1] == [k for k in range(8) if taken[k] != 0]
+    assert taken.count(1.0) == len(used) and not any(taken[k] for k in used)
+    many = next(
+        (h, i, j)
+        for h in range(HEADS)
+        for i in range(2, LENGTH)
+        for j in range(1, i)
+        if len(cache.used(1, h, i, j)) > 4
+    )
+    with pytest.raises(OptionError, match="too few for a control"):
+        edge_signal(cache, Edge((0, 0), (1, many[0]), many[1], many[2], "s", 0.0), torch.Generator())
+
+
+@pytest.mark.paper("sparse_attention_decomposition")
+def test_mode_b_needs_heads_with_keys_of_their_own() -> None:
+    torch.manual_seed(0)
+    found = SequenceModel(60, vocab_size=60, embed_dim=32, num_heads=4, num_kv_heads=2, positions="learned").eval()
+    cache = read_scores(found, prompt())
+    edge = Edge((0, 1), (1, 2), 5, 3, "s", 0.0)
+    with pytest.raises(OptionError, match="share keys"), ablate_edge(cache, edge, "B"):
+        found(prompt())
+    with ablate_edge(cache, edge, "A"), torch.no_grad():
+        assert not torch.equal(found(prompt())[0, 3], cache.model(prompt())[0, 2])
 
 
 def test_what_is_wrong_is_told() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from typing import cast
 
@@ -11,7 +13,6 @@ from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError, UnknownNameError
 from regard.inspect.metrics import js_divergence
-from regard.inspect.pattern_atlas import PatternDecoder, attention_pattern_embedding, sample_grid
 from regard.inspect.vit_head_analytics import (
     METRICS,
     head_importance,
@@ -124,6 +125,29 @@ def test_mean_distance_of_uniform_attention_is_that_of_random_pairs() -> None:
     assert float(mean_attention_distance(flat, (3, 4))) == pytest.approx(expected, abs=1e-12)
 
 
+def test_distance_counts_only_weight_between_patches() -> None:
+    """Of five tokens the first is the class token; the grid is 2 x 2."""
+    attn = torch.zeros(1, 1, 2, 5, 5, dtype=torch.float64)
+    attn[..., 0] = 1
+    # One patch of head 1 gives half of its weight to its neighbour: its distance is 1, and the others have none.
+    attn[0, 0, 1, 2] = torch.tensor([0.5, 0, 0, 0, 0.5])
+    found = mean_attention_distance(attn, (2, 2))
+    assert bool(found[0, 0].isnan()) and float(found[0, 1]) == 1
+
+
+@pytest.mark.paper("vit_head_analytics")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_maps_are_summed_in_single(dtype: torch.dtype) -> None:
+    attn = maps(2, 64, 2, 65, 65).to(dtype)
+    profile, exact = khop_profile(attn, (8, 8)), khop_profile(attn.double(), (8, 8))
+    for name in ("strength", "per_neighbour", "cls_column", "cls_row"):
+        half, whole = getattr(profile, name), getattr(exact, name)
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half.double(), whole, rtol=1e-5, atol=1e-7)
+    distance = mean_attention_distance(attn, (8, 8)).double()
+    torch.testing.assert_close(distance, mean_attention_distance(attn.double(), (8, 8)), rtol=1e-5, atol=0)
+
+
 @pytest.mark.paper("vit_head_analytics")
 def test_importance_is_that_of_a_model_pruned_by_hand() -> None:
     model = small_vit()
@@ -145,6 +169,30 @@ def test_importance_is_that_of_a_model_pruned_by_hand() -> None:
     assert float(found["rank_drop"][1, 2]) == pytest.approx(rank / 10, abs=1e-10)
     assert found["prob_drop"].shape == (2, 3)
     torch.testing.assert_close(head_importance(model, images, labels, "rank_drop"), found["rank_drop"])
+
+
+@pytest.mark.paper("vit_head_analytics")
+def test_the_model_is_judged_in_evaluation_mode_and_left_in_its_modes() -> None:
+    torch.manual_seed(0)
+    options = {"embed_dim": 12, "depth": 3, "num_heads": 3, "position_std": 0.5}
+    model = VisionTransformer(6, 2, 1, 5, **options, drop_path=0.9).double()
+    images, labels = images_and_labels(model)
+    expected = head_importances(model, images, labels)
+    report = head_report(model, images, labels, clusters=1, size=16, steps=1)
+    model.train()
+    model.norm.eval()
+    model.blocks[0].eval()  # it drops no paths; the others do
+    flags = {name: module.training for name, module in model.named_modules()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = head_importances(model, images, labels)
+    again = head_report(model, images, labels, clusters=1, size=16, steps=1)
+    for metric in METRICS:
+        assert torch.equal(found[metric], expected[metric])
+    assert torch.equal(again.profile.strength, report.profile.strength)
+    with pytest.raises(OptionError, match="none of these"):
+        head_importance(model, images[-2:], labels[-2:])
+    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.paper("vit_head_analytics")
@@ -190,79 +238,40 @@ def test_divergence_lies_between_zero_and_log_two_either_way() -> None:
     torch.testing.assert_close(js_divergence(a, b), js_divergence(b, a), **EXACT)
 
 
-def test_the_model_is_left_in_its_modes() -> None:
-    model = small_vit()
-    images, labels = images_and_labels(model)
-    model.train()
-    model.norm.eval()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    head_importance(model, images, labels)
-    assert model.training and not model.norm.training
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_a_classifier_of_transformers_takes_keywords() -> None:
+@pytest.mark.paper("vit_head_analytics")
+@pytest.mark.parametrize(("name", "before"), [("ViT", 1), ("DeiT", 2)])
+def test_classifiers_of_transformers(name: str, before: int) -> None:
+    """With a class token, and with a distillation token beside it: against the model's own maps, and one pruned."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=8,
-        patch_size=2,
-        num_labels=4,
-    )
-    model = transformers.ViTForImageClassification(config).eval()
-    pixels = torch.randn(3, 3, 8, 8)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = getattr(transformers, f"{name}Config")(**sizes, image_size=8, patch_size=2, num_labels=4)
+    model = getattr(transformers, f"{name}ForImageClassification")(config).double().eval()
     with torch.no_grad():
-        labels = model(pixel_values=pixels).logits.argmax(-1)
-    report = head_report(model, {"pixel_values": pixels}, labels, grid=(4, 4), clusters=2, size=16, steps=2)
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    pixels = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    eager, pruned = copy.deepcopy(model), copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    getattr(pruned, name.lower()).layers[1].attention.o_proj.weight.data[:, 8:] = 0
+    with torch.no_grad():
+        own, other = model(pixel_values=pixels).logits, pruned(pixel_values=pixels).logits
+        attn = torch.stack(eager(pixel_values=pixels, output_attentions=True).attentions)
+    labels = own.argmax(-1)
+    drop = (own.softmax(-1) - other.softmax(-1)).gather(1, labels[:, None]).mean()
+    batch = {"pixel_values": pixels}
+    report = head_report(model, batch, labels.int(), grid=(4, 4), clusters=2, size=16, steps=2)
     assert len(report.rows) == 4 and len(report.rows[0].strength) == 4
+    for row in report.rows:
+        own_map = attn[row.layer, :, row.head]
+        assert row.cls_share == pytest.approx(float(own_map[:, before:, :before].sum(-1).mean()))
+        assert row.strength[0] == pytest.approx(float(own_map[:, before:, before:].diagonal(0, 1, 2).mean()))
+        if (row.layer, row.head) == (1, 1):
+            assert row.importance["prob_drop"] == pytest.approx(float(drop), abs=1e-10) and float(drop) != 0
     with pytest.raises(OptionError, match="grid"):
-        head_report(model, {"pixel_values": pixels}, labels)
-
-
-def patterned() -> Tensor:
-    """Diagonals, class-token columns and even maps, each with noise: ``(3, 4, 2, 16, 16)``, one kind a layer."""
-    torch.manual_seed(4)
-    column = torch.zeros(16, 16)
-    column[:, 0] = 1
-    kinds = torch.stack((torch.eye(16), column, torch.full((16, 16), 1 / 16)))
-    noisy = 0.9 * kinds[:, None, None] + 0.1 * torch.rand(3, 4, 2, 16, 16).softmax(-1)
-    return noisy / noisy.sum(-1, keepdim=True)
-
-
-@pytest.mark.paper("vit_head_analytics")
-def test_autoencoder_tells_patterns_apart_and_draws_them() -> None:
-    attn = patterned()
-    found = attention_pattern_embedding(attn, size=16, clusters=3, steps=250, batch_size=16)
-    assert found.codes.shape == (3, 4, 2, 2) and found.prototypes.shape == (3, 16, 16)
-    assert found.error < 0.25 * found.spread
-    clusters = [set(found.assignment[kind].flatten().tolist()) for kind in range(3)]
-    assert all(len(names) == 1 for names in clusters) and len(set.union(*clusters)) == 3
-    diagonal, column, even = (found.prototypes[int(found.head_clusters()[kind, 0])] for kind in range(3))
-    assert float(diagonal.diagonal().mean()) > 0.5 > 0.3 > float(diagonal[:4, 8:].mean())
-    assert float(column[:, 0].mean()) > 0.5 > 0.3 > float(column[:, 8:].mean())
-    assert float(even.mean()) > 0.6
-    first, again = (attention_pattern_embedding(attn, size=16, clusters=3, steps=3) for _ in range(2))
-    assert torch.equal(first.codes, again.codes)
-
-
-@pytest.mark.paper("vit_head_analytics")
-def test_atlas_covers_the_box_of_codes() -> None:
-    torch.manual_seed(0)
-    decoder = PatternDecoder(2, 16)
-    decoder.low.copy_(torch.tensor([-1.0, 2.0]))
-    decoder.high.copy_(torch.tensor([3.0, 5.0]))
-    atlas = sample_grid(decoder, 3)
-    assert atlas.shape == (3, 3, 16, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(atlas[0, 0], decoder(torch.tensor([[-1.0, 5.0]]))[0])
-        torch.testing.assert_close(atlas[2, 0], decoder(torch.tensor([[-1.0, 2.0]]))[0])
-        torch.testing.assert_close(atlas[1, 2], decoder(torch.tensor([[3.0, 3.5]]))[0])
-    with pytest.raises(OptionError, match="2 codes"):
-        sample_grid(PatternDecoder(3, 16))
+        head_report(model, batch, labels)
+    with pytest.raises(OptionError, match="fewer than a grid"):
+        head_report(model, batch, labels, grid=(5, 5))
 
 
 @pytest.mark.paper("vit_head_analytics")
@@ -284,6 +293,11 @@ def test_report_joins_what_its_parts_say() -> None:
         assert sum(row.strength) + row.cls_share == pytest.approx(1, abs=1e-12)
         assert row.cluster == int(report.patterns.head_clusters()[row.layer, row.head])
     assert sum(report.clusters_of(4).values()) == 4 and len(str(report).splitlines()) == 7
+    numbered = [dataclasses.replace(row, cluster=at) for at, row in enumerate(report.rows)]
+    assert dataclasses.replace(report, rows=numbered).clusters_of(2) == {0: 1, 1: 1}
+    alone = head_report(model, images, labels, leave_one_in=True, clusters=2, size=16, steps=1)
+    left = head_importance(model, images, labels, leave_one_in=True)
+    assert [row.importance["prob_drop"] for row in alone.rows] == sorted(left.flatten().tolist(), reverse=True)
 
 
 def test_bad_input_is_explained() -> None:
@@ -295,15 +309,16 @@ def test_bad_input_is_explained() -> None:
         head_importance(model, images, labels[:3])
     with pytest.raises(OptionError, match="none of these"):
         head_importance(model, images[-2:], labels[-2:])
+    with pytest.raises(ShapeError, match="an image at least"):
+        head_importance(model, images[:0], labels[:0])
     with pytest.raises(ShapeError, match="no logits"):
         head_importance(nn.Sequential(attention_of(model, 0)), torch.randn(2, 4, 12).double(), labels[:2])
     with pytest.raises(ShapeError, match="3 x 4"):
         khop_profile(maps(1, 1, 1, 12, 12), (3, 4))
-    with pytest.raises(OptionError, match="rows, columns"):
-        khop_profile(maps(1, 1, 1, 12, 12), (12,))
-    with pytest.raises(ShapeError, match="layers, batch, heads"):
-        attention_pattern_embedding(maps(2, 4, 4))
-    with pytest.raises(OptionError, match="clusters"):
-        attention_pattern_embedding(maps(1, 1, 2, 4, 4), clusters=3)
-    with pytest.raises(OptionError, match="8 divides"):
-        attention_pattern_embedding(maps(1, 1, 2, 4, 4), clusters=1, size=20)
+    for grid in ((12,), 12, (0, 12)):
+        with pytest.raises(OptionError, match="rows, columns"):
+            khop_profile(maps(1, 1, 1, 12, 12), grid)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="Maps are"):
+        mean_attention_distance(maps(1, 0, 1, 12, 12), (3, 4), cls=False)
+    with pytest.raises(OptionError, match="not finite"):
+        khop_profile(torch.full((1, 2, 4, 4, 4), torch.nan), (2, 2), False)

@@ -39,6 +39,8 @@ def test_negative_advantages_are_never_changed() -> None:
     torch.testing.assert_close(shaped[0], 2 * gamma[0])
     shaped.sum().backward()
     assert gamma.grad is None and advantage.grad is not None
+    # The paper's second version weighs them, too.
+    torch.testing.assert_close(reweight_advantage(advantage, gamma, both_signs=True)[1], -gamma[1])
     assert not token_credit(torch.rand(2, 9).requires_grad_(), torch.rand(2, 9)).requires_grad
 
 
@@ -48,6 +50,13 @@ def test_at_the_old_policy_the_gradient_is_the_policy_gradient() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 0]]).bool()
     grpo_loss(logp, logp.detach(), advantage, response_mask=mask).backward()
     torch.testing.assert_close(logp.grad, -advantage * mask / mask.sum(-1, keepdim=True) / 3)
+
+
+def test_no_gradient_reaches_the_old_policy_nor_the_advantage() -> None:
+    logp, old = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    advantage = torch.randn(3, requires_grad=True)
+    grpo_loss(logp, old, advantage).backward()
+    assert logp.grad is not None and old.grad is None and advantage.grad is None
 
 
 def test_the_clip_stops_the_gradient_and_padding_may_be_anything() -> None:
@@ -66,6 +75,7 @@ def test_the_clip_stops_the_gradient_and_padding_may_be_anything() -> None:
 def test_advantages_of_a_group() -> None:
     found = group_advantage(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
     torch.testing.assert_close(found, torch.tensor([[1.0, -1, -1, 1], [0, 0, 0, 0]]), atol=1e-5, rtol=0)
+    assert torch.equal(group_advantage(torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1]])), found)
 
 
 def test_wrong_input_is_told() -> None:

@@ -47,8 +47,10 @@ class ExtractiveSummaryToy(_Documents):
     """Which sentences sum up the document? Those that share key words with another sentence.
 
     Of ``sentences``, ``salient`` carry two of ``salient`` key words each, every key word being in two sentences; all
-    other words of a document are different. Which words are keys changes from document to document, so that the words
-    themselves tell nothing. The score is F1 where the ``salient`` best sentences of each document are chosen.
+    other words of a document are different. Which words are keys changes from document to document: any of the first
+    ``content`` of all ``words``, as content words stand beside others in real text. Elsewhere they come like any word,
+    so that a word by itself is a weak hint, and none where ``content`` is ``words``. The score is F1 where the
+    ``salient`` best sentences of each document are chosen.
     """
 
     metric = "F1 of the chosen sentences"
@@ -61,30 +63,33 @@ class ExtractiveSummaryToy(_Documents):
         words_each: int = 6,
         salient: int = 3,
         words: int = 300,
+        content: int = 60,
         seed: int = 0,
     ) -> None:
-        if not 3 <= salient <= sentences or words_each < 2 or documents < 1 or words < sentences * words_each:
+        enough = sentences * words_each + salient <= words and salient <= content <= words
+        if not 3 <= salient <= sentences or words_each < 2 or documents < 1 or not enough:
             raise OptionError(
                 f"Need 3 to {sentences} salient sentences of at least 2 words, and words enough for all to differ; got "
-                f"salient={salient}, words_each={words_each}, words={words}, documents={documents}."
+                f"salient={salient}, words_each={words_each}, words={words}, content={content}, documents={documents}."
             )
-        self.sentences, self.words_each, self.salient, self.words = sentences, words_each, salient, words
+        self.sentences, self.words_each, self.salient = sentences, words_each, salient
+        self.words, self.content = words, content
         self.vocab = words + 1
         self.train = self.draw(documents, torch.Generator().manual_seed(seed))
 
     def draw(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """``size`` new documents."""
         places = self.sentences * self.words_each
-        words = torch.rand(size, self.words, generator=generator).argsort(-1)[:, :places]
-        words = words.unflatten(1, (self.sentences, self.words_each)).clone()
+        keys = torch.rand(size, self.content, generator=generator).argsort(-1)[:, : self.salient]
+        order = torch.rand(size, self.words, generator=generator).scatter(1, keys, 1.0)  # last, so not among the others
+        words = order.argsort(-1)[:, :places].unflatten(1, (self.sentences, self.words_each)).clone()
         chosen = torch.rand(size, self.sentences, generator=generator).argsort(-1)[:, : self.salient]
         slots = torch.rand(size, self.salient, self.words_each, generator=generator).argsort(-1)[..., :2]
         row = torch.arange(size)
         for at in range(self.salient):
-            # The second slot repeats the first slot's word of the next salient sentence: a ring of shared words.
-            following = (at + 1) % self.salient
-            shared = words[row, chosen[:, following], slots[:, following, 0]]
-            words[row, chosen[:, at], slots[:, at, 1]] = shared
+            # Its own key word and that of the next salient sentence: a ring of shared words.
+            words[row, chosen[:, at], slots[:, at, 0]] = keys[:, at]
+            words[row, chosen[:, at], slots[:, at, 1]] = keys[:, (at + 1) % self.salient]
         labels = torch.zeros(size, self.sentences, dtype=torch.int64)
         labels.scatter_(1, chosen, 1)
         return self._assembled(words, labels)

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from regard.errors import OptionError
+from regard.errors import OptionError, ShapeError
 from regard.inspect.saliency import (
     Reduce,
     attention_saliency,
@@ -102,6 +102,8 @@ def gradient_closed_form(
 def word_regions(tokens: Tensor, unk: int | None = None) -> tuple[Tensor, int]:
     """The word of each place of a document ``(length,)``, int64, and how many words there are: equal tokens are one
     word; [CLS], which comes first, and ``unk`` are none (-1)."""
+    if tokens.dim() != 1:
+        raise ShapeError(f"Words are numbered for one document (length,) at a time, got {tuple(tokens.shape)}.")
     words, place = tokens[1:].unique(return_inverse=True)
     if unk is not None and bool((words == unk).any()):
         at = int((words == unk).nonzero())
@@ -121,7 +123,8 @@ def lime_tokens(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """LIME for text: words kept or replaced by ``unk`` wherever they stand; each place gets its word's coefficient,
-    [CLS] and unknown tokens 0. Of any ``model`` from tokens to logits ``(batch, classes)``; for ``kernel_width`` see
+    [CLS] and unknown tokens 0. Of any ``model`` from tokens to logits ``(batch, classes)``, as ``lambda x:
+    bert(input_ids=x).logits`` with ``unk=tokenizer.mask_token_id``; for ``kernel_width`` see
     :func:`~regard.inspect.saliency.lime_kernel`."""
     found = []
     for document in tokens:

@@ -37,7 +37,7 @@ def bigram_backcopy(
     triggers: how many of the most frequent tokens, or which. transition: ``P`` ``(vocab, vocab)``, rows of which sum
     to one (:func:`bigram_transition` reads it off a text); by default a fixed random chain on ``vocab`` tokens (64).
     """
-    chain = _random_chain(64 if vocab is None else vocab) if transition is None else transition.double()
+    chain = _random_chain(64 if vocab is None else vocab) if transition is None else transition.double().cpu()
     _check_chain(chain, vocab)
     size = len(chain)
     which = torch.as_tensor(trigger_tokens(chain, triggers) if isinstance(triggers, int) else list(triggers))

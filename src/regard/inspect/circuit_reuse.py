@@ -14,13 +14,14 @@ at their clean values in run (2) after reading them and leaves out senders above
 one layer both are the same.
 
 Shapes: token ids ``(batch, length)``, clean and corrupt alike; answers ``(batch, 2)``, the correct and the wrong token;
-effects ``(layers, heads)``. Cost: two forward passes a sender, one where the receiver is the last residual.
+effects ``(layers, heads)``. Cost: two forward passes a sender, one where the receiver is the residual stream, because
+(2) and (3) are one run there: heads before it are held, heads behind it are free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 Component = Literal["z", "q", "k", "v"]
-_INPUTS = {"q": "query", "k": "key", "v": "value"}
+_INPUTS: dict[str, change.InputName] = {"q": "query", "k": "key", "v": "value"}
 _MLPS = ("mlp", "feed_forward", "ffn", "ff")
 
 
@@ -77,51 +78,50 @@ def path_patching(
     """
     if component not in ("z", "q", "k", "v"):
         raise OptionError(f"component is 'z', 'q', 'k' or 'v', got {component!r}.")
-    if clean.shape != corrupt.shape or clean.dim() != 2:
-        raise ShapeError(
-            f"Clean and corrupt prompts are (batch, length), token by token alike; got {tuple(clean.shape)} and "
-            f"{tuple(corrupt.shape)}."
-        )
-    runs = _Runs(model, clean, corrupt, answers, freeze_mlps)
-    highest = receivers if isinstance(receivers, int) else max((layer for layer, _ in receivers), default=0)
-    if not 0 <= highest <= len(runs.sites) - (not isinstance(receivers, int)):
-        raise OptionError(f"There is no layer {highest} to receive: the model has {len(runs.sites)}.")
-    effects = torch.zeros(len(runs.sites), max(z.shape[2] for z in runs.clean_z))
+    sites = discover(model)
+    if isinstance(receivers, int):
+        highest = receivers
+        if not 0 <= highest <= len(sites):
+            raise OptionError(f"There is no layer {highest} to receive: the model has {len(sites)}.")
+    else:
+        highest = max(layer for layer, _ in _known(sites, receivers))
+    runs = _Runs(model, clean, corrupt, answers, position, freeze_mlps)
+    effects = runs.no_effects()
     for layer in range(highest):
         for head in range(runs.clean_z[layer].shape[2]):
             if isinstance(receivers, int):
-                found = runs.through_residual((layer, head), receivers, position)
+                found = runs.through_residual((layer, head), receivers)
             else:
-                found = runs.through_heads((layer, head), list(receivers), component, position)
+                found = runs.through_heads((layer, head), list(receivers), component)
             effects[layer, head] = runs.effect(found)
     return effects
 
 
+@torch.no_grad()
 def activation_patch_heads(
     model: nn.Module, clean: Tensor, corrupt: Tensor, answers: Tensor, position: int | None = -1
 ) -> Tensor:
     """Effects ``(layers, heads)`` of giving each head its corrupt output, everything behind it left free."""
-    with torch.no_grad():
-        runs = _Runs(model, clean, corrupt, answers, False)
-        effects = torch.zeros(len(runs.sites), max(z.shape[2] for z in runs.clean_z))
-        for layer, z in enumerate(runs.clean_z):
-            for head in range(z.shape[2]):
-                with intervene(model, change.patch_heads({(layer, head): runs.swapped((layer, head), position)})):
-                    effects[layer, head] = runs.effect(runs.run(clean))
+    runs = _Runs(model, clean, corrupt, answers, position, False)
+    effects = runs.no_effects()
+    for layer, z in enumerate(runs.clean_z):
+        for head in range(z.shape[2]):
+            with intervene(model, change.patch_heads({(layer, head): runs.swapped((layer, head))})):
+                effects[layer, head] = runs.effect(runs.run(clean))
     return effects
 
 
 def mean_ablate_heads(model: nn.Module, heads: Iterable[Head], prompts: Tensor) -> intervene:
     """``with mean_ablate_heads(model, heads, prompts): ...``: heads give their mean output over ``prompts``, place by
     place, so that nothing of a single prompt passes through them."""
-    means = {}
+    heads, means = list(heads), {}
+    if heads:
+        _known(discover(model), heads)
     with torch.no_grad(), capture(model, "head_outputs") as trace:
         model(prompts)
     for layer, head in heads:
         outputs = trace[layer].head_outputs
         assert outputs is not None
-        if not 0 <= head < outputs.shape[1]:
-            raise OptionError(f"Layer {layer} has heads 0 to {outputs.shape[1] - 1}; there is no head {head}.")
         means[layer, head] = outputs[:, head].mean(0)
     return intervene(model, change.ablate_heads(list(means), "mean", means))
 
@@ -131,15 +131,19 @@ def circuit_faithfulness(
     model: nn.Module, circuit: Iterable[Head], prompts: Tensor, answers: Tensor, reference: Tensor | None = None
 ) -> float:
     """LD with all heads outside of ``circuit`` at their mean over ``reference`` (by default the prompts), over LD of
-    the whole model: 1 for a circuit that does what the model does."""
-    inside = set(circuit)
+    the whole model: 1 for a circuit that does what the model does. Says something where LD of the model is above 0."""
+    inside, sites = set(circuit), discover(model)
+    if inside:
+        _known(sites, inside)
     others = [
         (layer, head)
-        for layer, site in enumerate(discover(model))
+        for layer, site in enumerate(sites)
         for head in range(site.context["num_heads"])
         if (layer, head) not in inside
     ]
     own = logit_difference(token_logits(model(prompts)), answers).mean()
+    if own == 0:
+        raise OptionError("The model's own logit difference is 0, so a circuit has no share of it.")
     with mean_ablate_heads(model, others, prompts if reference is None else reference):
         left = logit_difference(token_logits(model(prompts)), answers).mean()
     return float(left / own)
@@ -165,26 +169,37 @@ def set_attention(model: nn.Module, heads: Iterable[Head], position: int | Seque
 
 @dataclass
 class _Runs:
-    """The clean and the corrupt run, and what is held at the former."""
+    """The clean and the corrupt run, and what is held at the former. ``position``: of the sender, None for all."""
 
     model: nn.Module
     clean: Tensor
     corrupt: Tensor
     answers: Tensor
+    position: int | None
     freeze_mlps: bool
     sites: list[Site] = field(init=False)
     clean_z: list[Tensor] = field(init=False)
     corrupt_z: list[Tensor] = field(init=False)
     ends: tuple[float, float] = field(init=False)
-    mlps: dict[nn.Module, Any] = field(init=False)
+    mlps: dict[int, nn.Module] = field(init=False)
+    given: dict[nn.Module, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.clean.shape != self.corrupt.shape or self.clean.dim() != 2:
+            raise ShapeError(
+                "Clean and corrupt prompts are (batch, length), token by token alike; got "
+                f"{tuple(self.clean.shape)} and {tuple(self.corrupt.shape)}."
+            )
+        length = self.clean.shape[1]
+        if self.position is not None and not -length <= self.position < length:
+            raise OptionError(f"The prompts have {length} tokens; there is no position {self.position}.")
+        if self.model.training:
+            raise OptionError("A model in training drops units at random, so runs differ; call model.eval().")
         self.sites = discover(self.model)
-        # Outputs in the model's own axes, (batch, length, heads, value_dim).
-        self.mlps = dict.fromkeys(_mlps(self.sites)) if self.freeze_mlps else {}
+        self.mlps = _mlps(self.sites) if self.freeze_mlps else {}
         with ExitStack() as hooks:
             # The clean run is the last, so that what the MLPs gave is the clean run's.
-            for module in self.mlps:
+            for module in self.mlps.values():
                 hooks.callback(module.register_forward_hook(self._keep).remove)
             other, self.corrupt_z = self._kept(self.corrupt)
             own, self.clean_z = self._kept(self.clean)
@@ -193,9 +208,10 @@ class _Runs:
             raise OptionError("Clean and corrupt prompts have one logit difference; there is nothing to explain.")
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.mlps[module] = output
+        self.given[module] = output
 
     def _kept(self, ids: Tensor) -> tuple[float, list[Tensor]]:
+        """LD, and heads' outputs in the model's own axes, ``(batch, length, heads, value_dim)``."""
         with capture(self.model, "head_outputs") as trace:
             difference = self.run(ids)
         return difference, [layer.head_outputs.transpose(1, 2) for layer in trace if layer.head_outputs is not None]
@@ -203,21 +219,25 @@ class _Runs:
     def run(self, ids: Tensor) -> float:
         return float(logit_difference(token_logits(self.model(ids)), self.answers).mean())
 
+    def no_effects(self) -> Tensor:
+        return torch.zeros(len(self.sites), max(z.shape[2] for z in self.clean_z))
+
     def effect(self, found: float) -> float:
         own, other = self.ends
         return 0.0 if own == other else (found - own) / (other - own)
 
-    def swapped(self, head: Head, position: int | None) -> Tensor:
-        """The head's clean output ``(batch, length, value_dim)``, corrupt at ``position``."""
+    def swapped(self, head: Head) -> Tensor:
+        """The head's clean output ``(batch, length, value_dim)``, corrupt at the position."""
         layer, at = head
         out = self.clean_z[layer][:, :, at].clone()
-        rows = slice(None) if position is None else position
+        rows = slice(None) if self.position is None else self.position
         out[:, rows] = self.corrupt_z[layer][:, rows, at]
         return out
 
-    def held(self, sender: Head, position: int | None, free: Iterable[Head] = ()) -> Edit:
-        """All heads at their clean outputs, but for the sender and those that are free."""
-        swapped, loose = self.swapped(sender, position), set(free) - {sender}
+    @contextmanager
+    def held(self, sender: Head, below: int, free: Iterable[Head] = (), *watching: Edit) -> Iterator[None]:
+        """Heads (and MLPs) of the layers below one at their clean outputs, but for the sender and those free."""
+        swapped, loose = self.swapped(sender), set(free) - {sender}
 
         def outputs(layer: int, call: Call, output: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
             out = self.clean_z[layer].clone()
@@ -227,38 +247,25 @@ class _Runs:
                 out[:, :, at] = output[:, :, at]
             return out, weights
 
-        return Edit(frozenset(range(len(self.sites))), outputs=outputs)
+        with ExitStack() as closing:
+            for layer, module in self.mlps.items():
+                if layer < below:
+                    hook = module.register_forward_hook(lambda *_, kept=self.given[module]: kept)
+                    closing.callback(hook.remove)
+            closing.enter_context(intervene(self.model, *watching, Edit(frozenset(range(below)), outputs=outputs)))
+            yield
 
-    def _hold_mlps(self, hooks: ExitStack) -> None:
-        for module, kept in self.mlps.items():
-            hooks.callback(module.register_forward_hook(lambda *_, kept=kept: kept).remove)
-
-    def through_heads(self, sender: Head, receivers: list[Head], component: Component, position: int | None) -> float:
+    def through_heads(self, sender: Head, receivers: list[Head], component: Component) -> float:
         kept: dict[Head, Tensor] = {}
-        with ExitStack() as hooks:
-            self._hold_mlps(hooks)
-            hooks.enter_context(
-                intervene(self.model, _kept(receivers, component, kept), self.held(sender, position, receivers))
-            )
+        with self.held(sender, len(self.sites), receivers, _kept(receivers, component, kept)):
             self.model(self.clean)
-        given = change.patch_heads(kept) if component == "z" else change.patch_inputs(_INPUTS[component], kept)  # type: ignore[arg-type]
+        given = change.patch_heads(kept) if component == "z" else change.patch_inputs(_INPUTS[component], kept)
         with intervene(self.model, given):
             return self.run(self.clean)
 
-    def through_residual(self, sender: Head, layer: int, position: int | None) -> float:
-        with ExitStack() as hooks:
-            self._hold_mlps(hooks)
-            hooks.enter_context(intervene(self.model, self.held(sender, position)))
-            if layer == len(self.sites):
-                return self.run(self.clean)
-            with capture(self.model, "hidden_states", layers=layer) as trace:
-                self.model(self.clean)
-        entered = next(iter(trace)).hidden_states
-        handle = self.sites[layer].block.register_forward_pre_hook(_entering(entered), with_kwargs=True)
-        try:
+    def through_residual(self, sender: Head, layer: int) -> float:
+        with self.held(sender, layer):
             return self.run(self.clean)
-        finally:
-            handle.remove()
 
 
 def _kept(receivers: Iterable[Head], component: Component, into: dict[Head, Tensor]) -> Edit:
@@ -279,22 +286,27 @@ def _kept(receivers: Iterable[Head], component: Component, into: dict[Head, Tens
     return Edit(layers, outputs=outputs) if component == "z" else Edit(layers, inputs=inputs)
 
 
-def _entering(states: Any) -> Any:
-    def swap(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": states}
-        return (states, *args[1:]), kwargs
+def _known(sites: Sequence[Site], heads: Iterable[Head]) -> list[Head]:
+    """The heads, which the model must have, and at least one."""
+    found = list(heads)
+    for layer, head in found:
+        if not 0 <= layer < len(sites):
+            raise OptionError(f"There is no layer {layer} among the model's {len(sites)}, counted from 0.")
+        count = sites[layer].context["num_heads"]
+        if not 0 <= head < count:
+            raise OptionError(f"Layer {layer} has heads 0 to {count - 1}; there is no head {head}.")
+    if not found:
+        raise OptionError("No heads were given; a receiver or circuit is a (layer, head).")
+    return found
 
-    return swap
 
-
-def _mlps(sites: Sequence[Site]) -> list[nn.Module]:
-    """The MLP of every block."""
-    found = []
-    for site in sites:
+def _mlps(sites: Sequence[Site]) -> dict[int, nn.Module]:
+    """The MLP of each layer's block."""
+    found = {}
+    for layer, site in enumerate(sites):
         mlp = next((getattr(site.block, name) for name in _MLPS if hasattr(site.block, name)), None)
         if isinstance(mlp, nn.Module):
-            found.append(mlp)
+            found[layer] = mlp
         elif site.block is not site.home:
             raise RetrofitError(
                 f"{site.path}: no MLP named {', '.join(_MLPS)} was found in {type(site.block).__name__}. Patch with "

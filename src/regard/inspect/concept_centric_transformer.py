@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError
 from regard.kernels import dense_weights
+from regard.kernels.shapes import accumulation_dtype
 from regard.layers.heads import head_sizes
 from regard.layers.maps import merge_heads, split_heads
 from regard.layers.slot_attention import SlotAttention, SlotVariant
@@ -95,6 +96,8 @@ class ConceptCrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         head_sizes(dim, num_heads)
+        if num_classes < 1:
+            raise OptionError(f"A classifier has at least one class, got {num_classes}.")
         self.num_heads, self.attention_dropout = num_heads, attention_dropout
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.out = nn.Linear(dim, num_classes)
@@ -107,6 +110,11 @@ class ConceptCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, concepts: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and attention."""
+        if x.dim() != 3 or concepts.dim() != 3 or (len(x), x.shape[2]) != (len(concepts), concepts.shape[2]):
+            raise ShapeError(
+                f"Queries (batch, Nx, dim) ask concepts (batch, K, dim); got {tuple(x.shape)} and "
+                f"{tuple(concepts.shape)}."
+            )
         attn = self.attention(x, concepts)
         (value,) = split_heads(self.value(concepts), self.num_heads)
         read = F.dropout(attn, self.attention_dropout, self.training) @ value
@@ -195,6 +203,8 @@ class ConceptCentricHead(nn.Module):
             raise ShapeError(
                 f"mask is boolean of shape {tuple(patches.shape[:2])}; got {mask.dtype}, {tuple(mask.shape)}."
             )
+        if mask is not None and not bool(mask.any(1).all()):
+            raise ShapeError("mask hides all patches of an image, so there is nothing to see; leave that image out.")
         if self.pool is None:
             return x[:, :1], patches
         scores = self.pool(patches)[..., 0]
@@ -258,25 +268,30 @@ def explanation_loss(attn: Tensor, target: Tensor) -> Tensor:
     """How far attention over concepts is from what a person annotated: ``K`` times the mean square of ``attn - target /
     sum(target)``. Range 0 to 2.
 
-    attn: ``(batch, queries, K)``. target: non-negative, the same shape, or ``(batch, K)`` where there is one query.
-    Rows with a NaN, and rows without any concept, are not annotated and ignored; 0 if all are.
+    attn: ``(batch, queries, K)``. target: at least 0, the same shape, or ``(batch, K)`` where there is one query. Rows
+    with a NaN, and rows without any concept, are not annotated and ignored; 0 if all are.
     """
     if target.dim() == attn.dim() - 1:
         target = target.unsqueeze(-2)
     if target.shape != attn.shape:
         raise ShapeError(f"Targets have the attention's shape {tuple(attn.shape)}; got {tuple(target.shape)}.")
+    if bool((target < 0).any()):
+        raise OptionError("Targets are at least 0: which concepts are there, NaN where that is not known.")
     whole = target.sum(-1)
     known = whole > 0  # False for NaN
     if not bool(known.any()):
         return attn.sum() * 0
-    wanted = (target[known] / whole[known][..., None]).to(attn.dtype)
-    return attn.shape[-1] * F.mse_loss(attn[known], wanted)
+    work = accumulation_dtype(attn.dtype)
+    wanted = (target[known] / whole[known][..., None]).to(work)
+    return attn.shape[-1] * F.mse_loss(attn[known].to(work), wanted)
 
 
 def sparsity_loss(*attn: Tensor | None) -> Tensor:
     """Entropy of attention over concepts: the mean of ``-a log(a + 1e-8)`` over all entries, added over streams; None
     counts nothing. Each stream's part is between 0 (one concept a row) and ``log(K) / K`` (all alike)."""
-    parts = [-(a * (a + 1e-8).log()).mean() for a in attn if a is not None]
+    # In half precision 1e-8 is nothing, and the logarithm of 0 infinite.
+    wide = [a.to(accumulation_dtype(a.dtype)) for a in attn if a is not None]
+    parts = [-(a * (a + 1e-8).log()).mean() for a in wide]
     if not parts:
         raise ShapeError("Give the attention of at least one stream.")
     return torch.stack(parts).sum()

@@ -17,7 +17,9 @@ pooled to encoder steps first.
 
 A ``model`` is a function ``(x (n, T_in, ...), inputs (n, T_out)) -> logits (n, T_out, vocabulary)``: row ``k`` is
 what is predicted from the inputs up to ``k``. For Whisper: ``lambda x, t: whisper(input_features=x.mT,
-decoder_input_ids=t).logits``.
+decoder_input_ids=t).logits``; over the states of an encoder, in transformers: ``lambda memory, t:
+model(encoder_outputs=(memory,), decoder_input_ids=t).logits``. Cross-attention is captured by path: ``capture(model,
+"weights", layers="re:encoder_attn")`` in Whisper, ``"re:EncDecAttention"`` in T5, and ``trace.stack("weights")``.
 
 Cost: ``n_masks + 1`` forward passes an example. How a map stands the test of leaving out what it points at says
 :func:`regard.inspect.saliency.deletion_curve`.
@@ -28,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,16 +108,21 @@ def perturbation_saliency(
     24 and 20 cells a region, as in the authors' example). baseline: what stands for what is left out. metric: 'kl',
     or 'difference': how much less likely the token that is likeliest without masks becomes.
     """
+    if inputs.dim() != 1 or not 1 <= x.dim() <= 2:
+        raise ShapeError(
+            "One example at a time: x is (T_in, F) or (T_in,) and inputs (T_out,), without a batch axis; got "
+            f"{tuple(x.shape)} and {tuple(inputs.shape)}."
+        )
     cut = _regions(x, masks, segments)
     per_cut = -(-n_masks // len(cut))
-    changes, cells = [], []
+    found: Tensor | float = 0.0
     for regions in cut:
         kept = _draw(int(regions.max()) + 1, per_cut, keep, generator)
         says = presence(lambda part: _log_probabilities(model, part, inputs), x, baseline, regions, batch_size)
-        changes.append(_change(model, x, inputs, says(kept), metric))
-        cells.append(kept.to(regions.device)[:, regions.flatten()])
-    found = mask_saliency(torch.cat(changes), torch.cat(cells).to(x.device))
-    return found.reshape(len(inputs), *cut[0].shape)
+        by_region = mask_saliency(_change(model, x, inputs, says(kept), metric), kept.to(x.device))
+        # Every cell has its region's; region -1, which always stays, finds the zero put behind.
+        found = found + F.pad(by_region, (0, 1))[:, regions] / len(cut)
+    return cast(Tensor, found)
 
 
 @torch.no_grad()
@@ -183,10 +190,12 @@ def explained_relevance(
             f"The maps must be of one size (T_out, T_enc); got {tuple(attention.shape[-2:])} and "
             f"{tuple(saliency.shape[-2:])}. pool_saliency brings saliency of frames to encoder steps."
         )
-    attention, saliency = torch.broadcast_tensors(attention, saliency.to(attention))
+    attention, saliency = torch.broadcast_tensors(attention, saliency.to(attention.device))
     counted = attention.new_ones(attention.shape[:-1], dtype=torch.bool)
     if exclude is not None:
-        counted = counted & ~exclude
+        if exclude.dtype != torch.bool:
+            raise OptionError(f"exclude is boolean, True for rows that do not count; got {exclude.dtype}.")
+        counted = counted & ~exclude.to(counted.device)
     if not bool(counted.any(-1).all()):
         raise OptionError("All rows of a map are excluded, so there is nothing to correlate.")
     measure = pearson if corr == "pearson" else rank_correlation
@@ -267,14 +276,19 @@ def _draw(features: int, count: int, keep: float, generator: torch.Generator | N
 
 
 def _log_probabilities(model: Model, x: Tensor, inputs: Tensor) -> Tensor:
-    return model(x, inputs.expand(len(x), -1)).log_softmax(-1)
+    logits = model(x, inputs.expand(len(x), -1))
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != (len(x), len(inputs)):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ShapeError(f"The model gives logits {(len(x), len(inputs), 'vocabulary')} for these inputs, got {got}.")
+    return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
 def _change(model: Model, x: Tensor, inputs: Tensor, masked: Tensor, metric: Metric) -> Tensor:
     """``(n, T_out)`` from masked log-probabilities ``(n, T_out, vocabulary)``."""
     whole = _log_probabilities(model, x[None], inputs)
     if metric == "kl":
-        return (whole.exp() * (whole - masked)).sum(-1)
+        # A token ruled out by the model, of logit -inf, adds nothing.
+        return torch.where(whole > -torch.inf, whole.exp() * (whole - masked), 0).sum(-1)
     if metric == "difference":
         likeliest = whole.argmax(-1, keepdim=True)
         before, after = (p.gather(-1, likeliest.expand(len(p), -1, -1))[..., 0].exp() for p in (whole, masked))

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from regard.errors import OptionError
+from regard.errors import OptionError, ShapeError
 
 __all__ = ["EgoTree", "Perturbation", "PromptTemplate", "linearise_ego_tree", "perturb_tree", "tree_distance"]
 
@@ -136,6 +136,8 @@ class EgoTree:
 def tree_distance(edges: Tensor, count: int) -> Tensor:
     """Fewest steps between ``count`` entries along ``edges`` ``(edges, 2)`` in either direction: ``(count, count)``
     int64, ``count`` where there is no way."""
+    if edges.dim() != 2 or edges.shape[1] != 2 or edges.is_floating_point():
+        raise ShapeError(f"Edges are pairs of entries (edges, 2), integers; got {edges.dtype} of {tuple(edges.shape)}.")
     if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < count:
         raise OptionError(f"Edges join entries 0 to {count - 1}, got {int(edges.min())} to {int(edges.max())}.")
     step = torch.eye(count)
@@ -161,7 +163,8 @@ def linearise_ego_tree(
 ) -> EgoTree:
     """Draw the tree of a node: up to ``fanout[0]`` neighbours and up to ``fanout[1]`` children of each.
 
-    graph: neighbours of every node, by its id. Which are drawn, without repetition, comes from ``generator``.
+    graph: neighbours of every node, by its id; links of a node to itself and repeated ones count for nothing. Which
+    are drawn, without repetition, comes from ``generator``.
     """
     if len(fanout) != 2 or min(fanout) < 1:
         raise OptionError(f"fanout is (neighbours, children of each), each at least 1; got {fanout}.")
@@ -170,7 +173,7 @@ def linearise_ego_tree(
         known = node in graph if isinstance(graph, Mapping) else 0 <= node < len(graph)
         if not known:
             raise OptionError(f"The graph lists no neighbours of node {node}: give every node a list.")
-        nodes = [int(other) for other in graph[node] if other != without]
+        nodes = list(dict.fromkeys(int(other) for other in graph[node] if other not in (node, without)))
         return [nodes[at] for at in torch.randperm(len(nodes), generator=generator)[:most].tolist()]
 
     branches = tuple((head, tuple(some(head, fanout[1], centre))) for head in some(centre, fanout[0]))

@@ -1,9 +1,7 @@
 """A model's blocks as affine maps: everything in them that depends on the input is held at its value for one input.
 
-Held are attention weights, the scales of norms, the ratios ``(phi(u) - phi(0)) / u`` of activations (its limit
-``phi'(0)`` at ``u = 0``) and whole activations that gate another branch. What is left is affine in the states that
-enter, and agrees with the model at the input that was recorded. One run records the coefficients; further runs on other
-states take them in the same order.
+Held are attention weights and the :mod:`regard.inspect.coefficients` of norms, activations and gates. What is left is
+affine in the states that enter, and agrees with the model at the input that was recorded.
 """
 
 from __future__ import annotations
@@ -11,14 +9,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from regard.errors import OptionError, RetrofitError, ShapeError
+from regard.inspect.coefficients import OUTSIDE, Coefficients, Running
 from regard.inspect.intervene import Edit, intervene
 from regard.inspect.loading import model_answer
 from regard.kernels import expand_groups
@@ -26,17 +24,6 @@ from regard.retrofit.sites import Site, discover
 from regard.retrofit.switch import Call, Weights
 
 __all__ = ["FrozenBlocks"]
-
-_ACTIVATIONS = {
-    *(F.gelu, F.relu, F.relu6, F.silu, F.mish, F.elu, F.selu, F.celu, F.leaky_relu, F.softplus, F.softsign),
-    *(F.hardswish, F.hardsigmoid, F.hardtanh, F.logsigmoid, F.tanh, F.sigmoid),
-    *(torch.relu, torch.tanh, torch.sigmoid, torch.selu, torch.celu),
-    *(Tensor.relu, Tensor.tanh, Tensor.sigmoid),
-}
-_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.multiply, Tensor.multiply}
-# T5's divides by the root of the mean square too.
-_RMS_NORMS = ("RMSNorm", "T5LayerNorm")
-_OUTSIDE = -1
 
 
 class FrozenBlocks:
@@ -64,11 +51,9 @@ class FrozenBlocks:
         """What the model gave: logits, or its last hidden state."""
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any], int | str]] = []
         self._asked: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._kept: dict[int, list[Tensor]] = {}
-        self._state: Literal["idle", "record", "replay"] = "idle"
-        self._at, self._next, self._quiet = _OUTSIDE, 0, 0
+        self._held = Coefficients()
+        self._heads: dict[int, Tensor] = {}
         self._closing: ExitStack | None = None
-        self._mode = _Watching(self)
 
     # Opening and closing
 
@@ -81,13 +66,10 @@ class FrozenBlocks:
             edit = Edit(frozenset(range(len(self.sites))), self._before_attention, self._after_attention)
             closing.enter_context(intervene(self.model, edit))
             for index, block in enumerate(self.blocks):
-                self._hook(closing, block.register_forward_pre_hook(self._entering(index), with_kwargs=True))
-                self._hook(closing, block.register_forward_hook(self._leave_block))
-            for module in self.model.modules():
-                after = self._hook_of(module)
-                if after is not None:
-                    self._hook(closing, module.register_forward_pre_hook(self._hush))
-                    self._hook(closing, module.register_forward_hook(after))
+                closing.callback(block.register_forward_pre_hook(self._entering(index), with_kwargs=True).remove)
+                closing.callback(block.register_forward_hook(self._leave_block).remove)
+            for handle in self._held.hooks(self.model):
+                closing.callback(handle.remove)
         except BaseException:
             closing.close()
             raise
@@ -99,17 +81,6 @@ class FrozenBlocks:
         if closing is not None:
             closing.close()
 
-    @staticmethod
-    def _hook(closing: ExitStack, handle: Any) -> None:
-        closing.callback(handle.remove)
-
-    def _hook_of(self, module: nn.Module) -> Callable[..., Tensor | None] | None:
-        """Norms and activations that are written out in their own forward; torch's are met as functions."""
-        kind = type(module)
-        if kind.__name__.endswith(_RMS_NORMS) and not isinstance(module, nn.RMSNorm):
-            return self._after_rms_norm
-        return self._after_activation if kind.__module__ == "transformers.activations" else None
-
     # Running
 
     @torch.no_grad()
@@ -120,15 +91,18 @@ class FrozenBlocks:
             raise OptionError("A model in training drops units at random, which no map stands for; call model.eval().")
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             kwargs.setdefault("use_cache", False)
-        for kept in (self.weights, self.values, self.inputs, self.outputs, self._calls, self._kept):
+        for kept in (self.weights, self.values, self.inputs, self.outputs, self._calls):
             kept.clear()
         self.answer = None
         with self._running("record"):
             out = self.model(*args, **kwargs)
         self._asked = (args, kwargs)
         self._check_chain()
-        for index in range(len(self.blocks)):
-            self._check_affine(index)
+        for index, block in enumerate(self.blocks):
+            name = f"Block {index} ({type(block).__name__})"
+            self._check_affine(
+                name, partial(self.run, first=index, last=index + 1), self.tokens_in(index), self.tokens_out(index)
+            )
         self.answer = model_answer(out)
         return out
 
@@ -143,12 +117,14 @@ class FrozenBlocks:
         self._check_open()
         return self._through(x, first, last, closed)
 
-    def run_tail(self, state: Tensor) -> Tensor:
-        """States ``(tokens, dim)`` that leave the last block to what the model makes of them, ``(tokens, ...)``."""
-        with self._running("replay"):
-            self._at, self._next = _OUTSIDE, 0
-            given = self._close(state.view_as(_tensor(self.outputs[-1])))
-            return given.reshape(-1, given.shape[-1])
+    def run_direct(self) -> tuple[Tensor, dict[int, Tensor]]:
+        """The answer, and of each attention layer the heads' outputs ``(batch, tokens, num_heads, value_dim)``: leaves
+        of a graph in which all that passes an attention or an activation is constant. What is left between them and the
+        answer are output projections, residuals, norms and what follows the blocks."""
+        self._heads = {}
+        with self._running("direct"), torch.enable_grad():
+            answer = self._through(self.tokens_in(0), 0, len(self.blocks), closed=True)
+        return answer, self._heads
 
     def tokens_in(self, block: int) -> Tensor:
         """States that entered a block, ``(tokens, dim)``."""
@@ -177,9 +153,9 @@ class FrozenBlocks:
                 args = (*args[:place], state, *args[place + 1 :])
             else:
                 kwargs = {**kwargs, place: state}
-            self._at, self._next = index, 0
+            self._held.enter(index)
             state = _tensor(self.blocks[index](*args, **kwargs))
-        self._at, self._next = _OUTSIDE, 0
+        self._held.enter(OUTSIDE)
         if closed:
             state = self._close(state)
         return state.reshape(-1, state.shape[-1])
@@ -194,14 +170,10 @@ class FrozenBlocks:
             return model_answer(self.model(*args, **kwargs))
 
     @contextmanager
-    def _running(self, state: Literal["record", "replay"]) -> Iterator[None]:
+    def _running(self, state: Running) -> Iterator[None]:
         self._check_open()
-        self._state, self._at, self._next, self._quiet = state, _OUTSIDE, 0, 0
-        try:
-            with self._mode:
-                yield
-        finally:
-            self._state = "idle"
+        with self._held.running(state):
+            yield
 
     # Checks
 
@@ -221,6 +193,8 @@ class FrozenBlocks:
                     f"A lens looks at one sequence: states (1, tokens, dim) enter block {index}, and these are "
                     f"{tuple(state.shape)}. Pass a batch of one."
                 )
+            if not bool(state.isfinite().all()):
+                raise OptionError(f"What enters block {index} is not finite (NaN or infinity), so there is no map.")
             if index and not torch.equal(state, _tensor(self.outputs[index - 1])):
                 raise RetrofitError(
                     f"What leaves block {index - 1} ({type(self.blocks[index - 1]).__name__}) is not what enters block "
@@ -228,31 +202,33 @@ class FrozenBlocks:
                     "another (its encoder, one stage)."
                 )
 
-    def _check_affine(self, index: int) -> None:
-        x = self.tokens_in(index)
-        there, zero, back = (self.run(state, index, index + 1) for state in (x, torch.zeros_like(x), -x))
-        allowed = 10 * torch.finfo(x.dtype).eps ** 0.5 * max(float(t.abs().amax()) for t in (there, zero, back))
+    @torch.no_grad()
+    def check_close(self) -> None:
+        """Raise RetrofitError where what follows the blocks is not affine with its norms and activations held."""
+        assert self.answer is not None
+        shape = _tensor(self.outputs[-1]).shape
+
+        def close(state: Tensor) -> Tensor:
+            with self._running("replay"):
+                return self._close(state.view(shape))
+
+        self._check_affine("What follows the blocks", close, self.tokens_out(-1), self.answer)
+
+    def _check_affine(self, name: str, run: Callable[[Tensor], Tensor], x: Tensor, out: Tensor) -> None:
+        there, zero, back = (run(state).float() for state in (x, torch.zeros_like(x), -x))
+        allowed = max(1e-3, 8 * torch.finfo(x.dtype).eps) * max(float(t.abs().amax()) for t in (there, zero, back))
         bend = float((there + back - 2 * zero).abs().amax())
-        apart = float((there - self.tokens_out(index)).abs().amax())
+        apart = float((there - out.view_as(there)).abs().amax())
         if not max(bend, apart) <= allowed:
             raise RetrofitError(
-                f"Block {index} ({type(self.blocks[index]).__name__}) is not affine with its attention, norms and "
-                "activations held: it multiplies two things that depend on its input in a way that is not known (a "
-                "router, a gate without an activation), or has a norm of its own. Such models have no lens yet."
+                f"{name}: not affine with attention, norms and activations held. Two things that depend on the input "
+                "are multiplied in a way that is not known (a gate without an activation, a softmax), or a norm is "
+                "written out. Such models have no lens yet."
             )
-
-    # What is held
-
-    def _hold(self, make: Callable[[], Tensor]) -> Tensor:
-        if self._state == "record":
-            self._kept.setdefault(self._at, []).append(make().detach())
-            return self._kept[self._at][-1]
-        self._next += 1
-        return self._kept[self._at][self._next - 1]
 
     def _entering(self, index: int) -> Callable[..., None]:
         def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._state != "record":
+            if self._held.state != "record":
                 return
             places: list[tuple[int | str, Any]] = [("hidden_states", kwargs.get("hidden_states"))]
             places += [*enumerate(args), *kwargs.items()]
@@ -260,26 +236,26 @@ class FrozenBlocks:
                 if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dim() >= 2:
                     self._calls.append((args, kwargs, place))
                     self.inputs.append(tensor)
-                    self._at = index
+                    self._held.enter(index)
                     return
 
         return enter
 
     def _leave_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._state == "record":
+        if self._held.state == "record":
             self.outputs.append(output)
-            self._at = _OUTSIDE
+            self._held.enter(OUTSIDE)
 
     def _before_attention(self, layer: int, call: Call) -> Call:
         # What attention computes on the way to its weights is no coefficient.
-        self._quiet += self._state != "idle"
+        self._held.quiet += self._held.state != "idle"
         return call
 
     def _after_attention(self, layer: int, call: Call, output: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
-        if self._state == "idle":
+        if self._held.state == "idle":
             return output, weights
         heads = output.shape[2]
-        if self._state == "record":
+        if self._held.state == "record":
             maps = weights()
             if maps is None:
                 raise OptionError(
@@ -289,99 +265,10 @@ class FrozenBlocks:
             self.weights[layer], self.values[layer] = maps, expand_groups(call.value, heads)
         else:
             output = (self.weights[layer] @ expand_groups(call.value, heads)).transpose(1, 2)
-        self._quiet -= 1
+        if self._held.state == "direct":
+            output = self._heads[layer] = output.detach().requires_grad_()
+        self._held.quiet -= 1
         return output, weights
-
-    def _hush(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._quiet += self._state != "idle"
-
-    def _after_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self._state == "idle":
-            return None
-        if self._quiet == 1:
-            output = self.activation(args[0], module.forward, lambda: output)
-        self._quiet -= 1
-        return output
-
-    def _after_rms_norm(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        if self._state == "idle":
-            return None
-        x = args[0]
-
-        def coefficient() -> Tensor:
-            # The gain up to a factor, which the second line finds: epsilon and offsets of the gain need not be known.
-            gain = module.forward(x.new_ones(x.shape[-1]).expand(1, 1, -1)).reshape(-1)
-            scale = (output * gain * x).sum(-1, keepdim=True) / (gain * x).square().sum(-1, keepdim=True).clamp_min(
-                torch.finfo(x.dtype).tiny
-            )
-            return gain * scale
-
-        if self._quiet == 1:
-            held = self._hold(coefficient)
-            output = output if self._state == "record" else x * held
-        self._quiet -= 1
-        return output
-
-    def activation(self, u: Tensor, phi: Callable[[Tensor], Tensor], live: Callable[[], Tensor]) -> Tensor:
-        """``live()`` while recording; then ``phi(0)`` and the held ratio times ``u``. Marked, in case it is a gate."""
-        ratio = self._hold(lambda: _ratio(u, phi))
-        out = live() if self._state == "record" else u * ratio + phi(u.new_zeros(1)).detach()
-        out._regard_gate = True  # type: ignore[attr-defined]
-        return out
-
-    def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Functions of torch, as :class:`_Watching` meets them."""
-        if self._quiet or self._state == "idle":
-            return func(*args, **kwargs)
-        if func is F.layer_norm or func is F.rms_norm:
-            return self._norm(func, *args, **kwargs)
-        if func in _ACTIVATIONS:
-            u, *rest = args if args else (kwargs.pop("input"),)
-            out_of_place = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
-            return self.activation(u, lambda z: func(z, *rest, **out_of_place), lambda: func(u, *rest, **out_of_place))
-        if func in _PRODUCTS and all(isinstance(x, Tensor) for x in args[:2]) and args[0].shape == args[1].shape:
-            # An activation times another branch: the gate is the coefficient.
-            for gate, other in ((args[0], args[1]), (args[1], args[0])):
-                if getattr(gate, "_regard_gate", False) and not isinstance(other, nn.Parameter):
-                    held = self._hold(lambda gate=gate: gate)  # type: ignore[misc]
-                    return held * other
-        return func(*args, **kwargs)
-
-    def _norm(self, func: Any, x: Tensor, normalized_shape: Any, *args: Any, **kwargs: Any) -> Tensor:
-        names = ("weight", "bias", "eps") if func is F.layer_norm else ("weight", "eps")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        weight, bias, eps = (given.get(name) for name in ("weight", "bias", "eps"))
-        if eps is None:
-            eps = 1e-5 if func is F.layer_norm else torch.finfo(x.dtype).eps
-        axes = tuple(range(-len(normalized_shape), 0))
-        centred = x - x.mean(axes, keepdim=True) if func is F.layer_norm else x
-        scale = self._hold(lambda: (centred.square().mean(axes, keepdim=True) + eps).rsqrt())
-        if self._state == "record":
-            found: Tensor = func(x, normalized_shape, *args, **kwargs)
-            return found
-        out = centred * scale if weight is None else centred * scale * weight
-        return out if bias is None else out + bias
-
-
-class _Watching(TorchFunctionMode):
-    """Leads torch's functions past the blocks that are recorded or replayed."""
-
-    def __init__(self, frozen: FrozenBlocks) -> None:
-        super().__init__()
-        self.frozen = frozen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.frozen.function(func, args, kwargs or {})
-
-
-def _ratio(u: Tensor, phi: Callable[[Tensor], Tensor]) -> Tensor:
-    """``(phi(u) - phi(0)) / u``, and ``phi'(0)`` at 0."""
-    zero = u == 0
-    with torch.enable_grad():
-        origin = u.new_zeros(1).requires_grad_()
-        slope = torch.autograd.grad(phi(origin).sum(), origin)[0] if zero.any() else torch.zeros_like(origin)
-    rise = phi(u) - phi(u.new_zeros(1))
-    return torch.where(zero, slope, rise / torch.where(zero, torch.ones_like(u), u))
 
 
 def _tensor(output: Any) -> Tensor:

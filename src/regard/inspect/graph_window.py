@@ -14,15 +14,17 @@ parents shifts by one after a neighbour without children, so that later children
 the tree's. The paper shows its "skewed line sink" (a few nodes along a slanted line of the map collect the weight) as a
 picture; the statistic of :func:`skewed_line_sink` is this library's. Cost: what full attention costs.
 
-Metrics take weights ``(..., q_len, k_len)`` as :func:`regard.capture` returns them, of any model or mechanism.
+Metrics take weights ``(..., q_len, k_len)`` as :func:`regard.capture` returns them, of any model or mechanism, and
+compute in float32 at least.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from regard.inspect.ego_tree import EgoTree, tree_distance
 from regard.inspect.intervene import Edit, intervene
 from regard.inspect.saliency import pearson
 from regard.inspect.two_samples import Comparison, compare_samples
+from regard.kernels.shapes import accumulation_dtype
 from regard.masks import Boolean
 from regard.retrofit.reading import Reading
 from regard.retrofit.sites import discover
@@ -80,12 +83,16 @@ def _window(node_pos: Tensor, distance: Tensor, length: int, hops: int, bidirect
     """Which pairs are both nodes of the tree, and which of these may see each other; boolean ``(length, length)``."""
     if hops < 0:
         raise OptionError(f"hops is a number of steps along the tree, at least 0; got {hops}.")
-    if node_pos.dim() != 1 or len(node_pos.unique()) != len(node_pos):
-        raise ShapeError(f"node_pos is one place per entry, all different; got shape {tuple(node_pos.shape)}.")
+    if node_pos.dim() != 1 or node_pos.is_floating_point() or len(node_pos.unique()) != len(node_pos):
+        raise ShapeError(
+            f"node_pos is one place per entry, an integer each and all different; got {node_pos.dtype} of shape "
+            f"{tuple(node_pos.shape)}."
+        )
     if len(node_pos) and not 0 <= int(node_pos.min()) <= int(node_pos.max()) < length:
         raise ShapeError(f"Nodes stand at {int(node_pos.min())} to {int(node_pos.max())}; there are {length} tokens.")
     rows, columns = node_pos[:, None], node_pos[None]
-    near = distance <= hops
+    # As far as there are entries means that no way leads there.
+    near = (distance <= hops) & (distance < len(distance))
     if not bidirectional:
         near = near & (columns <= rows)
     pairs = torch.zeros(length, length, dtype=torch.bool)
@@ -100,17 +107,17 @@ class WindowSchedule:
     """``with schedule.on(model):`` every attention layer of ``model`` sees nodes through a window: of ``train_hops`` in
     training mode, of ``infer`` in evaluation mode; ``"full"`` leaves the model's own attention as it is, bit for bit.
 
-    Tell it the trees of the batch before the model runs, :meth:`look_at`. Outside of node pairs the model's own mask
-    holds, padding and generated tokens included, so that ``generate`` works, and the model is as it was afterwards. A
-    mechanism that takes masks may be in a layer's place by :func:`regard.retrofit`; what a model was built with beside
-    softmax attention is answered by softmax attention where a window holds.
+    Tell it the trees of the batch before the model runs, :meth:`look_at`. Between nodes of a tree the window takes the
+    place of the model's own mask, of a sliding window too; elsewhere that mask holds, padding and generated tokens
+    included, so that ``generate`` works. The model is as it was afterwards. One of other mechanisms, or with one put in
+    by :func:`regard.retrofit`, keeps them: they get the narrowed mask, and refuse it if they take none.
     """
 
     train_hops: Hops
     infer: Hops = "full"
     bidirectional: bool = True
     _trees: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, repr=False)
-    _made: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _made: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, hops in (("train_hops", self.train_hops), ("infer", self.infer)):
@@ -127,32 +134,48 @@ class WindowSchedule:
                 raise ShapeError(f"A prompt of {own} tokens does not fit into length {length}.")
             self._trees.append((tree.positions + (0 if length is None else length - own), tree.distance))
 
-    def on(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Where the schedule holds."""
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Where the schedule holds. model: one whose attention layers are all of one stack, over the prompt."""
+        sites = discover(model)
+        stacks = sorted({re.sub(r"\b\d+\b", "*", site.path) for site in sites})
+        if len(stacks) > 1:
+            raise OptionError(
+                f"The model has several stacks of attention layers ({', '.join(stacks)}), and a prompt's nodes stand "
+                "in one. Give the part that reads the prompt, such as model.encoder or model.language_model."
+            )
 
         def inputs(layer: int, call: Call) -> Call:
-            hops = self.train_hops if model.training else self.infer
-            return call if hops == "full" else self._narrowed(call, hops)
+            hops = self._hops(model)
+            if hops == "full":
+                return call
+            narrowed = self._narrowed(call.reading, call.query, hops)
+            return replace(call, read=lambda: narrowed)
 
-        return intervene(model, Edit(frozenset(range(len(discover(model)))), inputs=inputs))
+        with intervene(model, Edit(frozenset(range(len(sites))), inputs=inputs)):
+            yield
 
-    def _narrowed(self, call: Call, hops: int) -> Call:
-        reading, q_len, batch = call.reading, call.query.shape[2], call.query.shape[0]
+    def _hops(self, model: nn.Module) -> Hops:
+        return self.train_hops if model.training else self.infer
+
+    def _narrowed(self, reading: Reading, query: Tensor, hops: int) -> Reading:
+        batch, q_len, keys, device = query.shape[0], query.shape[2], reading.keys, query.device
         if not self._trees:
             raise OptionError("The schedule knows no trees yet: call look_at(trees) before the model runs.")
         if len(self._trees) not in (1, batch):
-            raise ShapeError(f"The batch has {batch} prompts, and look_at was told {len(self._trees)} trees.")
-        key = (hops, reading.keys)
+            raise ShapeError(
+                f"The batch has {batch} prompts, and look_at was told {len(self._trees)} trees. Beams are prompts: "
+                "name each tree once a beam."
+            )
+        key = (hops, keys, device)
         if key not in self._made:
-            made = [_window(places, far, reading.keys, hops, self.bidirectional) for places, far in self._trees]
-            pairs, seen = (torch.stack(each)[:, None].to(call.query.device) for each in zip(*made, strict=True))
-            self._made[key] = pairs, seen
-        pairs, seen = (each[:, :, reading.keys - q_len :] for each in self._made[key])
-        rule = reading.visible
-        own = True if rule is None else rule.dense(q_len, reading.keys, call.query.device)
+            made = [_window(places, far, keys, hops, self.bidirectional) for places, far in self._trees]
+            pairs, seen = (torch.stack(each)[:, None].to(device) for each in zip(*made, strict=True))
+            self._made = {key: (pairs, seen)}  # generated tokens make a new one each
+        pairs, seen = (each[:, :, keys - q_len :] for each in self._made[key])
+        own = True if reading.visible is None else reading.visible.dense(q_len, keys, device)
         visible = Boolean(torch.where(pairs, seen, own))
-        narrowed = Reading(False, visible, reading.bias, reading.keys)
-        return replace(call, read=lambda: narrowed)
+        return Reading(reading.causal and not self.bidirectional, visible, reading.bias, keys)
 
 
 def window_schedule(train_hops: Hops, infer: Hops = "full", bidirectional: bool = True) -> WindowSchedule:
@@ -168,7 +191,7 @@ def received_attention(attn: Tensor, causal: bool = True) -> Tensor:
     """
     if attn.dim() < 3:
         raise ShapeError(f"Weights are (..., heads, q_len, k_len), got {tuple(attn.shape)}; add an axis for one head.")
-    mean = attn.mean(-3)
+    mean = attn.to(accumulation_dtype(attn.dtype)).mean(-3)
     counted = mean != 0
     if causal:
         counted = counted & _earlier(mean, inclusive=True)
@@ -214,12 +237,13 @@ def node_text_shift(
             f"before and after are of one shape and is_node is boolean; got {tuple(before.shape)}, "
             f"{tuple(after.shape)} and {is_node.dtype}."
         )
+    _need_finite(before, after)
 
-    def kind(scores: Tensor, wanted: Tensor) -> Tensor:
-        chosen = scores[wanted.to(scores.device).expand_as(scores) & (scores > 0)]
-        return chosen.log10()
-
-    node, text = ([kind(scores, wanted) for scores in (before, after)] for wanted in (is_node, ~is_node))
+    try:
+        is_node = is_node.to(before.device).expand_as(before)
+    except RuntimeError as error:
+        raise ShapeError(f"is_node {tuple(is_node.shape)} does not go with scores {tuple(before.shape)}.") from error
+    node, text = ([s[kind & (s > 0)].log10() for s in (before, after)] for kind in (is_node, ~is_node))
 
     def compared(first: Tensor, second: Tensor) -> Comparison:
         return compare_samples(first, second, equal_variance=equal_variance, bins=bins, limits=limits)
@@ -239,6 +263,9 @@ def hop_profile(attn: Tensor, hop: Tensor, causal: bool = True) -> Tensor:
         raise ShapeError(
             f"hop is (k_len,) or (q_len, k_len) of the weights {tuple(attn.shape)}, got {tuple(hop.shape)}."
         )
+    if not bool((hop >= 0).any()):
+        raise ShapeError("No pair has a number of hops of at least 0, so there is nothing to average.")
+    attn = attn.to(accumulation_dtype(attn.dtype))
     steps = hop.to(attn.device).expand(attn.shape[-2:])
     counted = steps >= 0
     if causal:
@@ -278,6 +305,15 @@ def skewed_line_sink(
     count = len(node_positions)
     if count < 4:
         raise ShapeError(f"A line is fitted to four nodes or more, got {count}.")
+    length = attn.shape[-1]
+    if attn.shape[-2:] != (length, length) or int(node_positions.min()) < 0 or int(node_positions.max()) >= length:
+        raise ShapeError(
+            f"Nodes at {int(node_positions.min())} to {int(node_positions.max())} are no places of square maps "
+            f"{tuple(attn.shape)}."
+        )
+    if bool((node_positions.diff() <= 0).any()):
+        raise ShapeError("node_positions ascend: nodes are numbered in the order of the text.")
+    _need_finite(attn)
     block = attn[..., node_positions[:, None], node_positions[None]].detach().double()
     earlier = _earlier(block, inclusive=False)
     block = block.masked_fill(~earlier, 0)[..., 2:, :]
@@ -319,7 +355,8 @@ def structure_alignment(attn: Tensor, adjacency: Tensor, causal: bool = True) ->
             f"adjacency is a boolean for each pair of nodes (nodes, nodes); got {adjacency.dtype} of shape "
             f"{tuple(adjacency.shape)} for weights {tuple(attn.shape)}. Take the rows and columns of the nodes first."
         )
-    adjacency = adjacency.to(attn.device)
+    _need_finite(attn)
+    adjacency, attn = adjacency.to(attn.device), attn.to(accumulation_dtype(attn.dtype))
     counted = ~torch.eye(len(adjacency), dtype=torch.bool, device=attn.device)
     if causal:
         counted = counted & _earlier(attn, inclusive=False)
@@ -335,3 +372,8 @@ def structure_alignment(attn: Tensor, adjacency: Tensor, causal: bool = True) ->
     if not areas:
         raise ShapeError("No node has both a linked and an unlinked one to attend to, so there is nothing to compare.")
     return Alignment(torch.stack(differences).mean(0), torch.stack(areas).mean(0))
+
+
+def _need_finite(*tensors: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise OptionError("Attention holds NaN or infinity, so nothing can be told from it; look where it comes from.")

@@ -4,7 +4,8 @@ Li, Xiao, Xing, Wang, Murray, Carenini, "Human Guided Exploitation of Interpreta
 and Topic Segmentation", 2022, arXiv 2112.05364.
 
 - Importance of head ``h``, to first order what masking it changes: ``I_h = E_x |sum z_h * dL/dz_h|`` with ``z_h`` its
-  output, divided by the l2 norm of its layer's (:func:`head_importance_taylor`).
+  output, divided by the l2 norm of its layer's (:func:`head_importance_taylor`). The authors' tool (T3-Vis) sums
+  ``(w dL/dw)^2`` over the weights of each head instead, which only models with weights of their own per head allow.
 - A person looks at maps of the important heads and names patterns as predicates on tokens
   (:mod:`regard.layers.token_patterns`). How far head ``h`` follows ``P``: the mean over inputs of
   ``sum_ij A_ij P_ij / sum_ij A_ij`` over the rows in which ``P`` has a target (:func:`pattern_relevance`).
@@ -82,6 +83,8 @@ def _relevance(attn: Tensor, pattern: Tensor) -> tuple[Tensor, int]:
         )
     weights = attn if attn.dtype == torch.float64 else attn.float()
     pattern = pattern.to(weights)
+    if bool(((pattern < 0) | (pattern > 1)).any()):
+        raise OptionError("A pattern is boolean, or has weights of 0 to 1; this one's go beyond.")
     rows = (pattern > 0).any(-1)
     inside = (weights * pattern[:, None]).sum((-2, -1))
     whole = (weights.sum(-1) * rows[:, None]).sum(-1)
@@ -151,6 +154,11 @@ def discover(
         with torch.no_grad(), capture(model, "weights") as trace:
             _run(model, batch)
         attn = trace.stack("weights")
+        if attn.shape[::2][:2] != importance.shape:
+            raise OptionError(
+                f"There are maps of {tuple(attn.shape[::2][:2])} (layers, heads) and importance of "
+                f"{tuple(importance.shape)}: every attention layer must be run, with equally many heads in each."
+            )
         for name, predicate in patterns.items():
             total, counted = _relevance(attn, predicate(batch.tokens, batch.segments))
             sums[name] = total if name not in sums else sums[name] + total
@@ -159,7 +167,9 @@ def discover(
         raise OptionError("discover needs at least one batch of Documents.")
     importance = importance / importance.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(importance.dtype).tiny)
     relevance = {name: total / max(counts[name], 1) for name, total in sums.items()}
-    above = {name: (found - found.mean()) / found.std().clamp_min(1e-12) for name, found in relevance.items()}
+    above = {
+        name: (found - found.mean()) / found.std(correction=0).clamp_min(1e-12) for name, found in relevance.items()
+    }
     rows = []
     for layer in range(importance.shape[0]):
         for head in range(importance.shape[1]):
@@ -178,14 +188,19 @@ def discover(
 
 def fix_heads(patterns: Mapping[Head, Tensor]) -> list[Edit]:
     """Edits for :class:`regard.inspect.intervene.intervene`: heads of a live model get the weights of their map
-    ``(batch, length, length)``, its rows over their sums; rows without a target keep the head's own weights."""
+    ``(batch, length, length)``, of the keys that the layer lets them see, rows over their sums; rows without a target
+    among these keep the head's own weights."""
 
     def edit(head: Head, pattern: Tensor) -> Edit:
         def weigh(own: Tensor, _: int, call: Call) -> Tensor:
             if pattern.shape != own.shape:
                 raise ShapeError(f"The pattern of head {head} is {tuple(pattern.shape)}, its maps {tuple(own.shape)}.")
-            weights, empty = row_normalised(pattern, own.dtype)
-            return torch.where(empty[..., None].to(own.device), own, weights.to(own))
+            allowed, rule = pattern.to(own.device), call.reading.visible
+            if rule is not None:
+                seen = rule.dense(own.shape[-2], own.shape[-1], own.device)
+                allowed = allowed * seen[:, head[1] if seen.shape[1] > 1 else 0]
+            weights, empty = row_normalised(allowed, own.dtype)
+            return torch.where(empty[..., None], own, weights.to(own))
 
         return reweigh_heads([head], None, weigh)
 
@@ -193,13 +208,18 @@ def fix_heads(patterns: Mapping[Head, Tensor]) -> list[Edit]:
 
 
 @contextmanager
-def adapted(model: nn.Module, adapters: Sequence[PatternAdapter], maps: Tensor) -> Iterator[None]:
+def adapted(
+    model: nn.Module, adapters: Sequence[PatternAdapter], maps: Tensor, visible: Tensor | None = None
+) -> Iterator[None]:
     """Within this block each attention layer gives what it gives and what its adapter gives, differentiably.
 
     adapters: one a layer, in the order of :func:`regard.retrofit.discover`. maps: the patterns of the batch that the
-    model is about to see, ``(batch, patterns, length, length)``. An adapter reads what the layer's projections read and
-    adds to what its attention module returns; where a model keeps the output projection outside (BERT), it adds before
-    it, which is the same adapter with ``W_O W_up`` in place of ``W_up``.
+    model is about to see, ``(batch, patterns, length, length)``. visible: the keys that its queries see, ``(batch,
+    length)`` where there is padding, or ``(batch | 1, length, length)``, as causal layers need.
+
+    An adapter reads what the layer's projections read and adds to what its attention module returns; where a model
+    keeps the output projection outside (BERT), it adds before it, which is the same adapter with ``W_O W_up`` in place
+    of ``W_up``.
     """
     sites = attention_sites(model)
     if len(adapters) != len(sites):
@@ -208,7 +228,12 @@ def adapted(model: nn.Module, adapters: Sequence[PatternAdapter], maps: Tensor) 
     def beside(adapter: PatternAdapter) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             x = next(each for each in (*args, kwargs.get("hidden_states")) if isinstance(each, Tensor))
-            extra = adapter(x, maps)
+            if visible is None and (getattr(module, "is_causal", False) or kwargs.get("causal")):
+                raise OptionError(
+                    "This layer is causal, and its adapter would see what comes later: pass visible, for instance "
+                    "torch.ones(1, length, length, dtype=torch.bool).tril()."
+                )
+            extra = adapter(x, maps, visible)
             return (output[0] + extra, *output[1:]) if isinstance(output, tuple) else output + extra
 
         return hook

@@ -75,8 +75,8 @@ def icl_linear_regression(
     """
     if min(n, L, d, tasks) < 1 or noise_std < 0:
         raise OptionError(f"Need n, L, d and tasks >= 1 and noise_std >= 0; got {n}, {L}, {d}, {tasks}, {noise_std}.")
-    if supports is not None and len(supports) != tasks:
-        raise OptionError(f"Give the coordinates of each of the {tasks} tasks; got {len(supports)}.")
+    if supports is not None and (len(supports) != tasks or not all(0 <= i < d for kept in supports for i in kept)):
+        raise OptionError(f"Give coordinates, 0 to {d - 1}, of each of the {tasks} tasks; got {supports}.")
     x = torch.randn(n, L + 1, d, generator=generator) @ _root(cov, d).mT
     beta = torch.randn(n, d, tasks, generator=generator) / math.sqrt(d)
     if supports is not None:
@@ -103,13 +103,16 @@ def _root(cov: Literal["identity"] | float | Tensor, d: int) -> Tensor:
         cov = torch.tensor(float(cov)) ** (place[:, None] - place).abs()
     if cov.shape != (d, d):
         raise ShapeError(f"A covariance of {d} coordinates is ({d}, {d}); got {tuple(cov.shape)}.")
-    root: Tensor = torch.linalg.cholesky(cov.double()).float()
-    return root
+    root, failed = torch.linalg.cholesky_ex(cov.double())
+    if int(failed) or not torch.allclose(cov, cov.mT):
+        raise OptionError("A covariance is symmetric with positive eigenvalues, and this matrix is not.")
+    return root.float()
 
 
 def kq_matrix(layer: nn.Module | Site, scale: float | None = None) -> Tensor:
     """``KQ`` ``(heads, D, D)`` of an attention layer: scores are ``z_key^T KQ z_query``, with their factor ``scale``
-    (``1 / sqrt(head_dim)`` by default). layer: a module that holds one attention layer, or a site of ``discover``."""
+    (``1 / sqrt(head_dim)`` by default); what biases and rotary positions add to scores is left out. layer: a module
+    that holds one attention layer, or a site of ``discover``."""
     found = _projections(layer)
     factor = found.query.shape[1] ** -0.5 if scale is None else scale
     return factor * found.qk.mT
@@ -132,8 +135,8 @@ def _projections(layer: nn.Module | Site) -> HeadProjections:
 @dataclass(frozen=True, eq=False)
 class KQPattern:
     """``omega`` ``(heads,)``: mean of the first ``d`` entries of the diagonal. ``diagonality`` ``(heads,)``: their
-    share of all squared entries that an input reaches, 0 to 1. ``homogeneity``: smallest over largest ``|omega|`` of
-    the heads, 0 to 1."""
+    share of all squared entries that an input reaches, 0 to 1 (NaN for a head of zeros). ``homogeneity``: smallest over
+    largest ``|omega|`` of the heads, 0 to 1."""
 
     omega: Tensor
     diagonality: Tensor
@@ -179,6 +182,10 @@ def _check_matrices(matrices: Tensor, d: int) -> None:
 def head_sum_predict(z: Tensor, z_q: Tensor, omega: Tensor, mu: Tensor) -> Tensor:
     """``sum_h mu_h sum_l softmax_l(omega_h x_l . x_q) y_l``, ``(n, tasks)``; omega ``(heads,)``, mu ``(heads,)`` or
     ``(heads, tasks)``."""
+    if omega.dim() != 1 or mu.dim() not in (1, 2) or len(mu) != len(omega):
+        raise ShapeError(
+            f"omega is (heads,), mu (heads,) or (heads, tasks); got {tuple(omega.shape)}, {tuple(mu.shape)}."
+        )
     tasks = 1 if mu.dim() == 1 else mu.shape[1]
     x, y, x_q = _parts(z, z_q, tasks)
     weights = (omega[:, None] * (x @ x_q[..., None])[:, None, :, 0]).softmax(-1)
@@ -232,6 +239,8 @@ def _parts(z: Tensor, z_q: Tensor, tasks: int = 1) -> tuple[Tensor, Tensor, Tens
 def approximate_loss(omega: Tensor, mu: Tensor, L: int, d: int, noise_var: float) -> Tensor:
     """Mean squared error of :func:`head_sum_predict` on normal x of covariance one, about; ``omega`` and ``mu``
     ``(heads,)`` to a number."""
+    if mu.shape != omega.shape:
+        raise ShapeError(f"omega and mu are (heads,); got {tuple(omega.shape)} and {tuple(mu.shape)}.")
     return 1 + noise_var - 2 * mu @ omega + mu @ _curvature(omega, L, d, noise_var) @ mu
 
 

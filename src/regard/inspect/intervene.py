@@ -142,6 +142,11 @@ def ablate_heads(
         if how == "zero":
             return torch.zeros_like(output)
         known = output.mean((0, 1)) if means is None else means[head].to(output)
+        if known.shape not in (output.shape[2:], output.shape[1:]):
+            raise ShapeError(
+                f"The mean given for head {head} is {tuple(known.shape)}; a head's output is (q_len, value_dim) = "
+                f"{tuple(output.shape[1:])}. Give one mean for all queries, or take the means on texts of this length."
+            )
         return known.expand_as(output)
 
     return edit_heads(heads, change)
@@ -215,7 +220,15 @@ def set_attention(heads: Iterable[Head], rows: Rows, targets: Tensor) -> Edit:
     row summing to 1. Other rows and heads stay as they are, bit for bit."""
     if (targets < 0).any() or not torch.allclose(targets.sum(-1), torch.ones_like(targets.sum(-1)), atol=1e-4):
         raise OptionError("Rows of attention weights are at least 0 and sum to 1; normalise the targets.")
-    return reweigh_heads(heads, rows, lambda own, head, call: targets.to(own).expand_as(own))
+
+    def given(own: Tensor, head: int, call: Call) -> Tensor:
+        if targets.dim() > 3 or any(
+            n not in (1, m) for n, m in zip(targets.shape[::-1], own.shape[::-1], strict=False)
+        ):
+            raise ShapeError(f"targets {tuple(targets.shape)} do not fit rows of weights {tuple(own.shape)}.")
+        return targets.to(own).expand_as(own)
+
+    return reweigh_heads(heads, rows, given)
 
 
 def _uniform(heads: Iterable[Head]) -> Edit:
@@ -240,6 +253,7 @@ def reweigh_heads(heads: Iterable[Head], rows: Rows, weigh: Callable[[Tensor, in
         if maps is None:
             raise OptionError(f"Layer {layer} has a mechanism without weights, so none can be set.")
         maps, value = maps.clone(), expand_groups(call.value, output.shape[2])
+        _check_rows(index, maps.shape[2])
         for head in by_layer[layer]:
             _check_head(layer, head, output.shape[2])
             maps[:, head, index] = weigh(maps[:, head, index], head, call)
@@ -254,6 +268,7 @@ def _placed(own: Tensor, given: Tensor, rows: Rows) -> Tensor:
     if rows is None:
         return given.expand_as(own)
     index = rows if isinstance(rows, slice) else list(rows)
+    _check_rows(index, own.shape[1])
     out = own.clone()
     out[:, index] = given.expand_as(own)[:, index]
     return out
@@ -264,6 +279,11 @@ def _by_layer(heads: Iterable[Head]) -> dict[int, list[int]]:
     for layer, head in heads:
         found.setdefault(layer, []).append(head)
     return found
+
+
+def _check_rows(index: slice | list[int], count: int) -> None:
+    if not isinstance(index, slice) and any(not -count <= row < count for row in index):
+        raise OptionError(f"There are {count} queries, 0 to {count - 1}; rows {index} go beyond.")
 
 
 def _check_head(layer: int, head: int, count: int) -> None:

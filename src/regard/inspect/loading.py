@@ -18,7 +18,8 @@ _TYPES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp"
 
 def load_text_model(name: str = "nano") -> tuple[nn.Module, Any]:
     """A language model in float32 and evaluation mode, and its tokenizer: causal if it is made so, of encoder and
-    decoder, or masked; else its bare encoder. Raises MissingExtraError without transformers, FileFormatError where there is no such model."""
+    decoder, or masked; else its bare encoder. Raises MissingExtraError without transformers, FileFormatError where
+    there is no such model."""
     if name == "nano":
         from regard.models.nano import load_nano, load_tokenizer
 

@@ -15,8 +15,8 @@ def fit_logistic(x: Tensor, labels: Tensor, penalty: float = 1.0, iterations: in
     """Normal ``(D,)`` and intercept of ``p(1) = sigmoid(w.x + b)``, float64, from ``x`` ``(n, D)`` and labels 0 and 1.
 
     The least of ``sum of log losses + penalty |w|^2 / 2`` (the intercept is free), by Newton's method, steps halved
-    where they would overshoot.
-    ``w`` lies in the span of the centred examples, so the work is ``n D min(n, D)``, then ``min(n, D)^3`` an iteration.
+    where they would overshoot. ``w`` lies in the span of the centred examples, so the work is ``n D min(n, D)``, then
+    ``min(n, D)^3`` an iteration.
     """
     if x.dim() != 2 or labels.shape != x.shape[:1]:
         raise ShapeError(f"Need x (n, D) and labels (n,); got {tuple(x.shape)} and {tuple(labels.shape)}.")
@@ -24,6 +24,8 @@ def fit_logistic(x: Tensor, labels: Tensor, penalty: float = 1.0, iterations: in
         raise OptionError(f"Logistic regression needs both labels, 0 and 1; got {labels.unique().tolist()}.")
     if penalty <= 0:
         raise OptionError(f"penalty is positive (separable examples have no optimum without it); got {penalty}.")
+    if not bool(x.isfinite().all()):
+        raise OptionError("Some examples are not finite.")
     x, y = x.detach().double(), labels.double()
     mean = x.mean(0)
     left, sizes, right = torch.linalg.svd(x - mean, full_matrices=False)

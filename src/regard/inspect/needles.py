@@ -22,36 +22,8 @@ MARKER = 0
 """The symbol that stands before the needle, and at the very end as the question."""
 
 _WORDS = (
-    "apple",
-    "bread",
-    "chair",
-    "cloud",
-    "dance",
-    "eagle",
-    "flame",
-    "glass",
-    "horse",
-    "island",
-    "jacket",
-    "kitchen",
-    "lemon",
-    "mirror",
-    "night",
-    "ocean",
-    "paper",
-    "queen",
-    "river",
-    "silver",
-    "table",
-    "umbrella",
-    "valley",
-    "window",
-    "yellow",
-    "garden",
-    "stone",
-    "winter",
-    "music",
-    "train",
+    "apple bread chair cloud dance eagle flame glass horse island jacket kitchen lemon mirror night ocean paper "
+    "queen river silver table umbrella valley window yellow garden stone winter music train"
 )
 
 
@@ -64,10 +36,10 @@ class Needle:
 
     def __post_init__(self) -> None:
         start, end = self.span
-        if self.prompt.dim() != 1 or not 0 <= start < end <= len(self.prompt):
+        if self.prompt.dim() != 1 or self.prompt.is_floating_point() or not 0 <= start < end <= len(self.prompt):
             raise OptionError(
-                f"A needle is tokens (length,) and a span of at least one of them; got {tuple(self.prompt.shape)} and "
-                f"{self.span}."
+                f"A needle is token ids (length,) and a span of at least one of them; got {self.prompt.dtype} "
+                f"{tuple(self.prompt.shape)} and {self.span}."
             )
 
     @property
@@ -194,7 +166,8 @@ def _grid(context_len: int | Sequence[int], depth: float | Sequence[float]) -> l
 
 def _random(seed: int, code: bool) -> TextNeedle:
     generator = torch.Generator().manual_seed(seed)
-    first, second, *words = [_WORDS[at] for at in torch.randperm(len(_WORDS), generator=generator)[:7].tolist()]
+    known = _WORDS.split()
+    first, second, *words = [known[at] for at in torch.randperm(len(known), generator=generator)[:7].tolist()]
     if code:
         return TextNeedle(f"\n    def {first}_{second}(", f"self, {', '.join(words[:4])}", end="):\n        pass\n")
     return TextNeedle(f"\nThe secret words of {first.title()} {second.title()} are", "".join(f" {w}" for w in words))

@@ -15,8 +15,8 @@ axes for comparison. Labels are shown as they are and flipped, against what word
 Source: "Language Models Are Capable of Metacognitive Monitoring and Control of Their Internal Activations", 2025, arXiv
 2505.13763 (NeurIPS 2025), and its repository. As there, components are of centred states that are not scaled, the
 penalty of the regression is 1 on ``|w|^2 / 2``, and the interval of d is ``d +- 1.96 sqrt((n1 + n0)/(n1 n0) +
-d^2/(2 (n1 + n0)))``. The repository cuts scores at 0, the corpus mean; :class:`Binarizer` cuts at the median, so that
-labels are balanced, unless told a threshold.
+d^2/(2 (n1 + n0)))``. The repository cuts components at 0, the corpus mean, and the regression at its own boundary;
+:class:`Binarizer` cuts at the median, so that labels are balanced, unless told a threshold.
 
 Models without words are measured with spans of tokens for sentences (:func:`span_prompt`). Cost: one forward pass a
 prompt; components take the singular values of ``(n, D)``.
@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ from regard.errors import OptionError, ShapeError
 from regard.inspect.capture import capture
 from regard.inspect.loading import token_logits
 from regard.inspect.logistic import fit_logistic
+from regard.kernels import accumulation_dtype
+from regard.retrofit.sites import discover
 
 __all__ = [
     "ActivationAxes",
@@ -69,9 +71,13 @@ def span_states(
     """Mean residual stream over token spans: ``(batch, spans, D)``, of ``spans`` ``(batch, spans, 2)``, start and end.
 
     layer: the attention layer, counted as in ``discover(model)``, whose block these states enter; what block ``l``
-    gives is layer ``l + 1`` here. inputs: the model's first argument, or its named ones. Needs a forward pass.
+    gives is layer ``l + 1`` here. inputs: the model's first argument, or its named ones. Takes a forward pass of the
+    model as it is: put it into evaluation mode. At least float32.
     """
-    with capture(model, "hidden_states", layers=[layer]) as trace:
+    sites = discover(model)
+    if not 0 <= layer < len(sites):
+        raise OptionError(f"There is no layer {layer}: the model has {len(sites)}, 0 to {len(sites) - 1}.")
+    with capture(model, "hidden_states", layers=lambda path: path == sites[layer].path) as trace:
         _ = model(**inputs, **kwargs) if isinstance(inputs, Mapping) else model(inputs, **kwargs)
     states = trace[0].hidden_states
     if states is None:
@@ -81,6 +87,7 @@ def span_states(
     start, end = spans.to(states.device).unbind(-1)
     if bool((start < 0).any()) or bool((end > states.shape[1]).any()) or bool((start >= end).any()):
         raise OptionError(f"Each span has 0 <= start < end <= {states.shape[1]}.")
+    states = states.to(accumulation_dtype(states.dtype))
     place = torch.arange(states.shape[1], device=states.device)
     inside = ((place >= start[..., None]) & (place < end[..., None])).to(states.dtype)
     return inside @ states / (end - start)[..., None]
@@ -112,6 +119,8 @@ def activation_axes(
     """
     if hidden.dim() != 2 or len(hidden) < 2:
         raise ShapeError(f"States are (n, D) with n >= 2; got {tuple(hidden.shape)}.")
+    if not bool(hidden.isfinite().all()):
+        raise OptionError("Some states are not finite: axes cannot be fitted to them.")
     hidden = hidden.detach().double()
     mean = hidden.mean(0)
     if kind == "lr":
@@ -149,11 +158,13 @@ class Binarizer:
     levels = 2
 
     def __init__(self, threshold: float | None = None) -> None:
-        self.threshold = threshold
+        self.threshold, self._given = threshold, threshold is not None
 
     def fit(self, scores: Tensor) -> Binarizer:
-        """Take the median of scores ``(n,)``, midway between the middle two; a threshold given stays."""
-        if self.threshold is None:
+        """Take the median of scores ``(n,)``, midway between the middle two; a threshold given stays. Scores equal to
+        the median are 1, however many."""
+        _need_scores(scores)
+        if not self._given:
             self.threshold = float(scores.double().quantile(0.5))
         return self
 
@@ -175,6 +186,7 @@ class EvenLikert:
 
     def fit(self, scores: Tensor) -> EvenLikert:
         """Take the quantiles of scores ``(n,)``, which are centred."""
+        _need_scores(scores)
         scores, half = scores.double(), self.levels // 2
         sides = scores[scores < 0], scores[scores >= 0]
         if min(map(len, sides)) < half:
@@ -191,7 +203,27 @@ class EvenLikert:
         return torch.bucketize(scores.double(), self._cuts, right=True) + 1
 
 
+def _need_scores(scores: Tensor) -> None:
+    if scores.numel() == 0 or not bool(scores.isfinite().all()):
+        raise OptionError(f"Labels are cut by finite scores, one at least; got {tuple(scores.shape)}.")
+
+
+def _binary(labels: Tensor) -> Tensor:
+    if bool(((labels != 0) & (labels != 1)).any()):
+        raise OptionError(f"Labels are 0 and 1; got {sorted(set(labels.flatten().tolist()))[:6]}.")
+    return labels.long()
+
+
 Task = Literal["report", "explicit", "implicit"]
+
+
+def _controls(task: str, target: int | None, low: int, high: int) -> bool:
+    """Whether a task asks for control, which takes a target."""
+    if task not in get_args(Task):
+        raise OptionError(f"task is 'report', 'explicit' or 'implicit'; got {task!r}.")
+    if (task != "report") != (target is not None) or (target is not None and not low <= target <= high):
+        raise OptionError(f"Control needs a target label from {low} to {high}, and reporting none; got {target}.")
+    return task != "report"
 
 
 def neurofeedback_prompt(
@@ -213,15 +245,11 @@ def neurofeedback_prompt(
     """
     low, high = (0, 1) if levels == 2 else (1, levels)
     scores = [int(label) for label in labels]
-    if any(not low <= score <= high for score in scores):
-        raise OptionError(f"Labels of {levels} levels are {low} to {high}; got {scores}.")
-    if task not in ("report", "explicit", "implicit"):
-        raise OptionError(f"task is 'report', 'explicit' or 'implicit'; got {task!r}.")
-    control = task != "report"
+    if any(label != score or not low <= score <= high for label, score in zip(labels, scores, strict=True)):
+        raise OptionError(f"Labels of {levels} levels are {low} to {high}; got {list(labels)}.")
+    control = _controls(task, target, low, high)
     if len(sentences) - len(scores) not in ((1,) if control else (0, 1)):
         raise ShapeError(f"{task} takes one sentence more than labels; got {len(sentences)} and {len(scores)}.")
-    if control != (target is not None) or (target is not None and not low <= target <= high):
-        raise OptionError(f"Control needs a target label from {low} to {high}, and reporting none; got {target}.")
     pairs = [("Say something.", s) if isinstance(s, str) else (s[0], s[1]) for s in sentences]
     turns = [{"role": "system", "content": _system(control, low, high)}]
     for (asked, said), score in zip(pairs, scores, strict=False):
@@ -287,15 +315,15 @@ def span_prompt(
     labels ``(batch, N - 1)``, then the token ``marker`` (the instruction) and the target's, then the last span, which
     the explicit prompt leaves to be generated; its span is given all the same.
     """
-    control = task != "report"
+    control = _controls(task, target, 0, 1)
     if sentences.dim() != 3 or labels.dim() != 2 or len(labels) != len(sentences):
         raise ShapeError(f"Need (batch, N, span) and (batch, N or N - 1); got {sentences.shape} and {labels.shape}.")
     batch, count, span = sentences.shape
     if count - labels.shape[1] not in ((1,) if control else (0, 1)):
         raise ShapeError(f"{task} takes one sentence more than labels; got {count} and {labels.shape[1]}.")
-    if control and (marker is None or target not in (0, 1)):
-        raise OptionError("Control needs a target, 0 or 1, and the marker's token.")
-    shown = torch.tensor([token0, token1], device=sentences.device)[labels]
+    if control != (marker is not None):
+        raise OptionError("Control needs the token of its marker, and reporting none.")
+    shown = torch.tensor([token0, token1], device=sentences.device)[_binary(labels).to(sentences.device)]
     full = labels.shape[1]
     parts = [torch.cat((sentences[:, :full], shown[..., None]), -1).flatten(1)]
     first = torch.arange(count, device=sentences.device) * (span + 1)
@@ -356,6 +384,9 @@ def report_accuracy(
     before = label_positions.to(logits.device) - 1
     if bool((before < 0).any()) or bool((before >= logits.shape[1]).any()):
         raise OptionError(f"Labels stand at places 1 to {logits.shape[1]}, after the token whose logits tell them.")
+    if token0 == token1 or not all(0 <= token < logits.shape[-1] for token in (token0, token1)):
+        raise OptionError(f"Two labels have two tokens, of 0 to {logits.shape[-1] - 1}; got {token0} and {token1}.")
+    labels = _binary(labels)
     of_labels = logits.detach()[..., [token0, token1]].double()
     told = of_labels.gather(1, before[..., None].expand(-1, -1, 2))
     difference, truth = told[..., 1] - told[..., 0], labels.to(logits.device)
@@ -369,6 +400,7 @@ def ideal_observer(hidden: Tensor, labels: Tensor, n: int) -> tuple[float, float
     prior of one each, ``(ones + 1) / (n + 2)``: chance at n = 0."""
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1] or not 0 <= n < len(hidden):
         raise ShapeError(f"Need states (m, D), labels (m,) and 0 <= n < m; got {tuple(hidden.shape)} and n={n}.")
+    labels = _binary(labels)
     seen, truth = labels[:n], labels[n:].double()
     if n and 0 < int(seen.sum()) < n:
         normal, offset = fit_logistic(hidden[:n], seen)
@@ -403,6 +435,7 @@ def control_effect(scores_target1: Tensor, scores_target0: Tensor) -> ControlEff
     pooled = (((n1 - 1) * ones.var(0) + (n0 - 1) * zeros.var(0)) / (n1 + n0 - 2)).sqrt()
     d = torch.where(gap == 0, 0.0, gap / pooled)
     half = 1.96 * ((n1 + n0) / (n1 * n0) + d.square() / (2 * (n1 + n0))).sqrt()
+    half = half.where(half.isfinite(), 0.0)  # where d is infinite, so are both ends
     return ControlEffect(d, d - half, d + half)
 
 

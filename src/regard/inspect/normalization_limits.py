@@ -1,19 +1,25 @@
 """What normalising attention weights costs: they vanish with length, stop selecting, and react harder when sharper.
 
-"Limitations of Normalization in Attention Mechanism", 2025, arXiv 2508.17821. Weights are ``alpha = F(l) / sum F(l)``
-of ``L`` logits ``l``.
+Mudarisov et al., "Limitations of Normalization in Attention Mechanism", 2025, arXiv 2508.17821. Weights are ``alpha =
+F(l) / sum F(l)`` of ``L`` logits ``l``.
 
-- Vanishing: with ``|l| <= a`` and a positive smooth ``F`` that does not depend on ``L``, every weight is of order
-  ``1/L``; softmax at temperature ``T``: ``exp(-2a/T)/L <= alpha_i <= exp(2a/T)/L`` (:func:`weight_bounds`). Forms that
-  know the length (scalable softmax) or cut off (sparsemax, entmax) escape it.
+- Vanishing: with ``|l_i| <= a`` and an ``F`` that is continuous and above 0 on ``[-a, a]`` and does not depend on
+  ``L``, ``min F / (L max F) <= alpha_i <= max F / (L min F)``; for softmax at temperature ``T`` these are ``exp(-2a/T)
+  / L`` and ``exp(2a/T) / L`` (:func:`weight_bounds`). Where one logit is ``g`` above all others, other forms keep more
+  than a share of ``1/L`` on it: sparsemax at least ``min(g/T, 1)``, 1.5-entmax ``min(g/(2T), 1)^2``, at any ``L``;
+  scalable softmax, ``softmax(c log(L) l / T)``, at least ``1 / (1 + (L - 1) L^(-c g/T))``, which tends to 1 if ``c g >
+  T``, to 1/2 if equal, to 0 if less.
 - Selection: ``I`` are the ``N`` largest weights and ``s`` the sum of ``alpha_i x_i`` over them. ``D(N)`` is the mean of
   ``|s - alpha_j x_j|^2`` over the others (:func:`selection_distance`). For independent tokens of mean zero and
-  ``E |x|^2 = v`` that is ``v (sum_I alpha_i^2 + mean alpha_j^2)``, for uniform weights ``v (N + 1) / L^2``.
+  ``E |x|^2 = v``, and weights that do not depend on them, it is ``v (sum_I alpha_i^2 + mean alpha_j^2)`` on average,
+  for uniform weights ``v (N + 1) / L^2``.
 - Separability: the share of the selected ``alpha_i x_i`` that are nearer to ``s`` than all others are
   (:func:`separability`).
-- Sensitivity: the Jacobian of softmax is ``J = (diag(alpha) - alpha alpha^T) / T``, with entries up to ``1/(4T)`` and a
-  spectral norm up to ``1/(2T)``, both reached where two logits tie and the rest are far below; no step changes the
-  weights by more than ``sqrt(2)``. (Summaries give ``1/(4T)`` for the norm, which two equal logits refute.)
+- Sensitivity: the Jacobian of softmax is ``J = (diag(alpha) - alpha alpha^T) / T``. Its entries are at most ``1/(4T)``,
+  reached where a weight is 1/2, and its spectral norm at most ``1/(2T)``, reached where two weights are. So a step of
+  the logits of length ``eps`` moves the weights by at most ``eps/(2T)``, and by less than ``sqrt(2)``, which a step
+  that turns all weight from one token to another comes near. (Summaries of the paper give ``1/(4T)`` for the norm,
+  which two equal logits refute.)
 
 All functions take any leading dimensions and cost ``O(L d)`` memory; no ``L x L`` matrix is formed.
 """
@@ -30,8 +36,10 @@ import torch
 from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError, UnknownNameError
-from regard.inspect.capture import capture
+from regard.inspect.capture import LayerTrace, capture
+from regard.inspect.loading import load_text_model
 from regard.kernels import expand_groups
+from regard.kernels.shapes import accumulation_dtype
 from regard.layers.attention_stats import row_entropy
 from regard.layers.normalizers import (
     NORMALIZERS,
@@ -80,31 +88,43 @@ def normalise(
     """Weights that sum to one over the last axis, of ``logits / temperature``.
 
     kind: a name of :data:`KINDS`, or a positive function ``F`` of each logit, divided by its sum. length, scale: ``n``
-    (by default the number of logits) and ``s`` of scalable softmax, ``softmax(s log(n) l)``; give a parameter as
+    (by default the number of logits) and ``c`` of scalable softmax, ``softmax(c log(n) l)``; give a parameter as
     ``scale`` to learn it.
     """
     _need_temperature(temperature)
-    scores = logits / temperature
+    if length is not None and length < 1:
+        raise OptionError(f"length is a number of logits, at least 1; got {length}.")
+    if not logits.is_floating_point():
+        logits = logits.float()
+    scores = logits.to(accumulation_dtype(logits.dtype)) / temperature
     if callable(kind):
-        if bool((kind(scores.detach()) < 0).any()):
-            raise OptionError("A function that gives weights is positive; this one is negative for some logit.")
-        return row_normalized(scores, None, kind, eps=torch.finfo(scores.dtype).tiny)
-    if kind not in KINDS:
+        shares = kind(scores.detach())
+        total = shares.sum(-1)
+        if not bool((shares >= 0).all() and (total > 0).all() and total.isfinite().all()):
+            raise OptionError(
+                "A function that gives weights is positive and finite; of these logits it is negative for one, or adds "
+                f"up to between {float(total.min()):.3g} and {float(total.max()):.3g}."
+            )
+        weights = row_normalized(scores, None, kind, eps=torch.finfo(scores.dtype).tiny)
+    elif kind not in KINDS:
         raise UnknownNameError(
             "normaliser", kind, KINDS, f"There are {', '.join(KINDS)}; or give a positive function of each logit."
         )
-    if kind == "scalable_softmax":
-        return length_scaled_softmax(scores, None, scale, length)
-    return KINDS[kind](scores, None)
+    elif kind == "scalable_softmax":
+        weights = length_scaled_softmax(scores, None, scale, length)
+    else:
+        weights = KINDS[kind](scores, None)
+    return weights.to(logits.dtype)
 
 
 def weight_bounds(bound: float, length: int, temperature: float = 1.0) -> tuple[float, float]:
-    """Least and largest weight that softmax can give any of ``length`` logits of size at most ``bound``."""
+    """Bounds ``exp(-2a/T) / L`` and ``exp(2a/T) / L`` of every softmax weight of ``length`` logits of size at most
+    ``bound``. As ``L`` grows, one logit at one end with all others at the other comes arbitrarily near."""
     _need_temperature(temperature)
-    if bound < 0 or length < 1:
+    if not bound >= 0 or length < 1:
         raise OptionError(f"Need a bound of at least 0 and at least one logit; got {bound} and {length}.")
-    reach = math.exp(2 * bound / temperature)
-    return 1 / (reach * length), reach / length
+    reach = 2 * bound / temperature
+    return math.exp(-reach) / length, math.exp(reach) / length if reach < 700 else math.inf
 
 
 def selection_distance(
@@ -142,8 +162,8 @@ def _distances(x: Tensor, alpha: Tensor, weighted: bool = True, reduce: str = "m
 
 
 def expected_selection_distance(alpha: Tensor, top_n: int, variance: float = 1.0) -> Tensor:
-    """``D(N)`` that independent tokens of mean zero with ``E |x|^2 = variance`` have on average: ``(..., L)`` to
-    ``(...)``."""
+    """``D(N)`` that independent tokens of mean zero with ``E |x|^2 = variance`` have on average under weights that do
+    not depend on them: ``(..., L)`` to ``(...)``."""
     _need_top_n(top_n, alpha)
     squares = alpha.sort(-1, descending=True).values.square()
     return variance * (squares[..., :top_n].sum(-1) + squares[..., top_n:].mean(-1))
@@ -183,6 +203,10 @@ def _ordered(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         raise ShapeError(
             f"Tokens are (..., L, d) and their weights (..., L); got {tuple(x.shape)} and {tuple(alpha.shape)}."
         )
+    if not bool(x.isfinite().all() and alpha.isfinite().all()):
+        raise OptionError(
+            "Tokens or weights hold NaN or infinity, so no distance is defined; look where they come from."
+        )
     weights, order = alpha.double().sort(dim=-1, descending=True, stable=True)
     return x.double().gather(-2, order[..., None].expand(x.shape)), weights
 
@@ -190,11 +214,13 @@ def _ordered(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
 def jacobian_norm(
     alpha: Tensor, temperature: float = 1.0, ord: Literal["spectral", "fro", "max"] = "spectral"
 ) -> Tensor:
-    """A norm of softmax's Jacobian at weights ``(..., L)``: the spectral or Frobenius norm or the largest entry."""
+    """A norm of softmax's Jacobian where it gives weights ``alpha (..., L)``, to ``(...)``: the spectral or Frobenius
+    norm or the largest entry. The weights are at least 0 and sum to 1 (within 1 percent, for half precision)."""
     _need_temperature(temperature)
     if ord not in ("spectral", "fro", "max"):
         raise OptionError(f"ord is 'spectral', 'fro' or 'max'; got {ord!r}.")
     a = alpha.double()
+    _need_shares(a, "These weights")
     if ord == "max":
         # Off the diagonal it is a_i a_j <= a_i (1 - a_i).
         norm = (a * (1 - a)).amax(-1)
@@ -288,27 +314,29 @@ def attention_selection_report(
 ) -> SelectionReport:
     """Measure selection in every attention layer of a model, whatever :func:`regard.capture` works on.
 
-    model: called on token ids ``(windows, length)``; 'nano' is the library's own. text: ids, or a string with the
-    model's tokenizer (nano's is at hand), cut into windows. lengths: how many of a window's first tokens are read.
-    vectors: what the weights are thought to select, the hidden states that enter the layer (the paper speaks of
-    embeddings) or the head's values, which are what it adds up.
+    model: called on token ids ``(windows, length)``, in evaluation mode; or 'nano', a folder or a hub id. text: ids, or
+    a string, cut into windows by the tokenizer (a model given by name brings its own). lengths: how many of a window's
+    first tokens are read. vectors: what the weights are thought to select, the hidden states that enter the layer (the
+    paper speaks of embeddings) or the head's values, which are what it adds up. Of each map only its last row is made.
     """
     if vectors not in ("values", "hidden_states"):
         raise OptionError(f"vectors is 'hidden_states' or 'values'; got {vectors!r}.")
     if not lengths or not top_n or min(lengths) < 2 or min(top_n) < 1:
         raise OptionError(f"Need lengths of at least 2 and top_n of at least 1; got {lengths} and {top_n}.")
     network, windows = _subject(model, text, tokenizer, max(lengths))
+    if network.training:
+        raise OptionError("A model in training drops units at random; call model.eval().")
     kept: list[list[dict[str, Tensor]]] = []
     paths: tuple[str, ...] = ()
     for length in lengths:
-        hidden = vectors == "hidden_states"
-        with capture(network, ("weights", "hidden_states" if hidden else "values"), layers=layers) as trace:
+        with capture(network, vectors, layers=layers, summarize=_last_row) as trace:
             network(windows[:, :length])
         kept.append([])
         for path, layer in zip(trace.paths, trace, strict=True):
-            if layer.weights is None:
+            alpha = layer.summary
+            if alpha is None:
                 raise OptionError(f"{path} shows no attention weights, so nothing is selected there; leave it out.")
-            alpha = layer.weights[:, :, -1].double()
+            _need_shares(alpha, f"The weights of {path}")
             tokens = expand_groups(layer.values, alpha.shape[1]) if layer.values is not None else layer.hidden_states
             assert tokens is not None
             if tokens.dim() == 3:
@@ -319,14 +347,17 @@ def attention_selection_report(
     return SelectionReport(paths, tuple(lengths), tuple(top_n), **fields)
 
 
-def _subject(model: nn.Module | str, text: Tensor | str, tokenizer: Any, length: int) -> tuple[nn.Module, Tensor]:
-    network = _nano() if model == "nano" else model
-    if isinstance(network, str):
-        raise OptionError(f"Give a model or 'nano', not {network!r}: load it, and pass it with its tokenizer.")
-    if model == "nano" and tokenizer is None:
-        from regard.models.nano import load_tokenizer
+def _last_row(layer: LayerTrace) -> Tensor | None:
+    """Weights of the last query ``(batch, heads, k_len)``."""
+    for _, rows in layer.weight_rows(1, first=layer.queries_seen - 1):
+        return rows[:, :, 0].double()
+    return None
 
-        tokenizer = load_tokenizer()
+
+def _subject(model: nn.Module | str, text: Tensor | str, tokenizer: Any, length: int) -> tuple[nn.Module, Tensor]:
+    if isinstance(model, str):
+        model, own = load_text_model(model)
+        tokenizer = own if tokenizer is None else tokenizer
     if isinstance(text, str):
         if tokenizer is None:
             raise OptionError("A string needs the model's tokenizer: pass tokenizer=..., or token ids as text.")
@@ -336,30 +367,27 @@ def _subject(model: nn.Module | str, text: Tensor | str, tokenizer: Any, length:
             raise OptionError(f"The text has {len(ids)} tokens, fewer than the largest length {length}.")
     if text.dim() != 2 or text.shape[1] < length:
         raise ShapeError(f"Token ids are (windows, length) of at least {length} tokens; got {tuple(text.shape)}.")
-    return network, text
-
-
-def _nano() -> nn.Module:
-    from regard.models.nano import load_nano
-
-    return load_nano()
+    return model, text
 
 
 def _measure(x: Tensor, alpha: Tensor, top_n: Sequence[int]) -> dict[str, Tensor]:
     """Of one layer at one length, ``(heads,)`` or ``(heads, top_n)``."""
-    length = alpha.shape[-1]
+    length, nothing = alpha.shape[-1], torch.full_like(alpha[..., 0], math.nan)
     distances, ratios = _distances(x, alpha), _ratios(x, alpha)
     running = alpha.sort(-1, descending=True).values.cumsum(-1)
-    nothing = torch.full_like(alpha[..., 0], math.nan)
-    by_count = {
-        "distance": [distances[..., n - 1] if n < length else nothing for n in top_n],
-        "ratio": [ratios[..., n - 1] if n < length else nothing for n in top_n],
-        "separability": [separability(x, alpha, n).double() if n < length else nothing for n in top_n],
-        "mass": [running[..., n - 1] if n < length else nothing for n in top_n],
+
+    def by_count(of: Callable[[int], Tensor]) -> Tensor:
+        return torch.stack([of(n) if n < length else nothing for n in top_n], -1).mean(0)
+
+    return {
+        "distance": by_count(lambda n: distances[..., n - 1]),
+        "ratio": by_count(lambda n: ratios[..., n - 1]),
+        "separability": by_count(lambda n: separability(x, alpha, n).double()),
+        "mass": by_count(lambda n: running[..., n - 1]),
+        "max_weight": alpha.amax(-1).mean(0),
+        "entropy": row_entropy(alpha).mean(0),
+        "sensitivity": jacobian_norm(alpha).mean(0),
     }
-    found = {name: torch.stack(each, -1).mean(0) for name, each in by_count.items()}
-    whole = {"max_weight": alpha.amax(-1), "entropy": row_entropy(alpha), "sensitivity": jacobian_norm(alpha)}
-    return found | {name: each.mean(0) for name, each in whole.items()}
 
 
 def _stacked(by_length: list[list[Tensor]]) -> Tensor:
@@ -376,6 +404,15 @@ def _stacked(by_length: list[list[Tensor]]) -> Tensor:
 def _need_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise OptionError(f"A temperature is above 0; got {temperature}.")
+
+
+def _need_shares(alpha: Tensor, whose: str) -> None:
+    whole = alpha.sum(-1)
+    if not bool((alpha >= 0).all() and ((whole - 1).abs() <= 0.01).all()):
+        raise OptionError(
+            f"{whose} are not at least 0 with a sum of 1 in each row (the sums are {float(whole.min()):.3g} to "
+            f"{float(whole.max()):.3g}), so no normaliser gave them."
+        )
 
 
 def _need_top_n(top_n: int, alpha: Tensor) -> None:

@@ -108,6 +108,8 @@ def attention_pattern_embedding(
     """
     if attn.dim() != 5 or attn.shape[3] != attn.shape[4]:
         raise ShapeError(f"Maps are (layers, batch, heads, N, N); got {tuple(attn.shape)}.")
+    if attn.numel() == 0 or not bool(attn.isfinite().all()):
+        raise OptionError(f"There are no maps, or some weights are not finite, in {tuple(attn.shape)}.")
     maps = _pictures(attn.detach(), size)
     if not 1 <= clusters <= len(maps):
         raise OptionError(f"Between 1 and {len(maps)} clusters can be made of {len(maps)} maps; got {clusters}.")

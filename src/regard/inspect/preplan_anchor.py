@@ -15,7 +15,9 @@ arXiv 2510.13554, sections 4 and 5, equations 7 to 18. ``A`` is a head's causal 
 - Credit: ``gamma = 1 + (amp - 1) w`` with ``w = [preplan]``, ``w = [anchor]``, or coupled ``w = [anchor, not dominated]
   + (1 - alpha) [dominated] + alpha [introduces one]``; :mod:`regard.train.preplan_anchor` applies it.
 
-The paper gives no thresholds; medians of the response stand for them. Its neighbourhood is of one to three tokens.
+The paper gives no thresholds; medians of the response stand for them. Its neighbourhood is of one to three tokens, its
+horizon 10 to 50 tokens (10 to 100 in its second version); where it measures how the signals go together (Table 2), all
+later tokens of the response.
 
 Both measures are linear in ``A``, so :func:`attention_rhythm` takes them head by head from rows of weights: one extra
 forward pass, ``O(layers batch heads length)`` numbers kept, and no map of a long text held whole. Shapes: ``weights``
@@ -35,6 +37,7 @@ from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError
 from regard.inspect.capture import LayerTrace, capture
+from regard.kernels import accumulation_dtype
 from regard.retrofit.sites import Selector
 
 __all__ = [
@@ -66,9 +69,9 @@ def head_distance(weights: Tensor, response_mask: Tensor | None = None) -> Tenso
             f"weights are (layers, batch, heads, length, length), as trace.stack('weights') gives them; got "
             f"{tuple(weights.shape)}."
         )
-    mask = _response(weights[0, :, 0], response_mask)
-    spans = _row_distance(weights, 0, None)
-    return torch.einsum("lbht,bt->lh", spans, mask.to(spans.dtype)) / mask.sum().clamp_min(1)
+    mask = _tokens(weights[0, :, 0, :, 0], response_mask)
+    _need_causal(weights, 0, mask)
+    return _over_response(_row_distance(weights, 0, None), mask)
 
 
 def split_heads(distance: Tensor, q: float = 0.3) -> tuple[Heads, Heads]:
@@ -78,6 +81,8 @@ def split_heads(distance: Tensor, q: float = 0.3) -> tuple[Heads, Heads]:
         raise ShapeError(f"distance is (layers, heads) of two heads or more, got {tuple(distance.shape)}.")
     if not 0 < q <= 0.5:
         raise OptionError(f"q is the share of heads in each of two sets, above 0 and at most 0.5; got {q}.")
+    if bool(distance.isnan().any()):
+        raise OptionError("Some distances are NaN, so heads have no order; look for NaN in the attention weights.")
     count = min(max(round(q * distance.numel()), 1), distance.numel() // 2)
     order = distance.flatten().argsort(stable=True).tolist()
     pairs = [divmod(at, distance.shape[1]) for at in order]
@@ -86,8 +91,7 @@ def split_heads(distance: Tensor, q: float = 0.3) -> tuple[Heads, Heads]:
 
 def mean_map(weights: Tensor, heads: Heads) -> Tensor:
     """``(batch, length, length)``: the mean of these heads' maps (equation 8)."""
-    if not heads:
-        raise OptionError("There are no heads to average; split_heads gives at least one in each set.")
+    _need_heads(heads, weights.shape[0], weights.shape[2])
     layer, head = (list(each) for each in zip(*heads, strict=True))
     return weights[layer, :, head].mean(0)
 
@@ -106,8 +110,9 @@ def fai(weights: Tensor, lo: int = 10, hi: int | None = 50, response_mask: Tenso
     _need_horizon(lo, hi)
     if weights.dim() != 3:
         raise ShapeError(f"Maps are (batch, length, length), one of each sequence; got {tuple(weights.shape)}.")
-    mask = _response(weights, response_mask)
-    return _received(_square(weights), 0, mask, lo, hi) / _window_size(mask, lo, hi).clamp_min(1)
+    mask = _tokens(_square(weights)[..., 0], response_mask)
+    _need_causal(weights, 0, mask)
+    return _received(weights, 0, mask, lo, hi) / _window_size(mask, lo, hi).clamp_min(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,40 +154,33 @@ def attention_rhythm(
     """Spans of the heads of ``model``, WAAD of its local and FAI of its global ones, from one forward pass.
 
     run: makes that pass over prompts and responses, e.g. ``lambda: model(input_ids=ids)``; causal self-attention of
-    any kind that :func:`regard.capture` knows. layers: e.g. :func:`middle_layers` (default: all). heads: local and
-    global sets of an earlier pass, by the same layers (default: found in this one).
+    any kind that :func:`regard.capture` knows, in evaluation mode (dropout would show). layers: e.g.
+    :func:`middle_layers` (default: all). heads: local and global sets of an earlier pass, by the same layers (default:
+    found in this one). rows: so many queries' weights are held at a time.
     """
     _need_horizon(lo, hi)
     if window < 1 or rows < 1:
         raise OptionError(f"window and rows are at least 1; got {window} and {rows}.")
-    if response_mask.dim() != 2:
-        raise ShapeError(f"response_mask is (batch, length), got {tuple(response_mask.shape)}.")
-    if heads is not None and not all(heads):
-        raise OptionError("heads are two sets, local and global ones, with a (layer, head) at least in each.")
+    mask = _tokens(response_mask, response_mask)
 
     def summarize(layer: LayerTrace) -> tuple[Tensor, Tensor, Tensor]:
         spans, near, received = [], [], torch.zeros(())
         for start, part in layer.weight_rows(rows):
-            if part.shape[0] != response_mask.shape[0] or part.shape[-1] != response_mask.shape[1]:
+            seen = (part.shape[0], layer.queries_seen, part.shape[-1])
+            if seen != (*mask.shape, mask.shape[1]):
                 raise ShapeError(
-                    f"{layer.path} attends to {tuple(part.shape)[::3]} (batch, length), and response_mask is "
-                    f"{tuple(response_mask.shape)}: give the mask of prompts and responses together."
+                    f"{layer.path} attends as {seen} (batch, queries, keys), and response_mask is {tuple(mask.shape)}: "
+                    "give the mask of prompts and responses together, and read them in one pass."
                 )
-            wide = part.float() if part.dtype in (torch.float16, torch.bfloat16) else part
-            spans.append(_row_distance(wide, start, None))
-            near.append(_row_distance(wide, start, window))
-            received = received + _received(wide, start, mask, lo, hi)
+            _need_causal(part, start, mask)
+            spans.append(_row_distance(part, start, None))
+            near.append(_row_distance(part, start, window))
+            received = received + _received(part, start, mask, lo, hi)
         if not spans:
             raise OptionError(f"{layer.path} shows no attention weights; leave it out with layers=.")
-        spanned = torch.einsum("bht,bt->h", torch.cat(spans, -1), mask.to(spans[0].dtype)) / mask.sum().clamp_min(1)
-        return spanned, torch.cat(near, -1), received
+        return _over_response(torch.cat(spans, -1), mask), torch.cat(near, -1), received
 
-    mask = response_mask.bool()
-    with capture(
-        model,
-        layers=layers,
-        summarize=summarize,
-    ) as trace:
+    with capture(model, layers=layers, summarize=summarize) as trace:
         run()
     if not len(trace):
         raise OptionError("No attention layer ran; run() calls the model, e.g. lambda: model(input_ids=ids).")
@@ -191,6 +189,8 @@ def attention_rhythm(
         raise OptionError("These layers have different numbers of heads; look at some of them with layers=.")
     distance = torch.stack(spans)
     local, distant = split_heads(distance, q) if heads is None else heads
+    for each in (local, distant):
+        _need_heads(each, *distance.shape)
     return Rhythm(
         tuple(trace.paths),
         distance,
@@ -198,7 +198,7 @@ def attention_rhythm(
         distant,
         torch.stack([near[layer][:, head] for layer, head in local]).mean(0),
         torch.stack([received[layer][:, head] for layer, head in distant]).mean(0)
-        / _window_size(mask, lo, hi).clamp_min(1),
+        / _window_size(mask.to(received[0].device), lo, hi).clamp_min(1),
     )
 
 
@@ -243,8 +243,7 @@ def rhythm_coupling(
     changes the nearest introduces.
     """
     mask = _tokens(waad, response_mask)
-    if fai.shape != waad.shape:
-        raise ShapeError(f"waad and fai are (batch, length) of the same text; got {waad.shape} and {fai.shape}.")
+    _tokens(fai, mask)
     if k < 1:
         raise OptionError(f"k counts tokens before an anchor, so it is at least 1; got {k}.")
     change, length = _change(waad, mask), waad.shape[-1]
@@ -313,9 +312,11 @@ def rhythm_lift(waad: Tensor, fai: Tensor, entropy: Tensor, response_mask: Tenso
     """How the signals go together, all ``(batch, length)``; ``entropy`` of the guess of each token, made at the one
     before. A peak is a token above both neighbours, all three of the response."""
     mask = _tokens(waad, response_mask)
+    _tokens(fai, mask)
+    _tokens(entropy, mask)
     tall, far = _peaks(waad, mask), _peaks(fai, mask)
     near = tall | nn.functional.pad(tall, (1, 0))[:, :-1]
-    # Peaks may fall wherever there are two neighbours and a window; chance is judged within each response.
+    # Peaks may fall wherever there is a window; chance is judged within each response.
     room = mask & (fai > 0)
     chance = (near & room).sum(-1) / room.sum(-1).clamp_min(1)
     return RhythmLift(
@@ -327,19 +328,44 @@ def rhythm_lift(waad: Tensor, fai: Tensor, entropy: Tensor, response_mask: Tenso
 
 
 def _row_distance(weights: Tensor, start: int, window: int | None) -> Tensor:
-    """Of rows ``start`` onwards, ``(..., rows)``."""
-    query = torch.arange(start, start + weights.shape[-2], device=weights.device)
-    back = (query[:, None] - torch.arange(weights.shape[-1], device=weights.device)).clamp(0, window)
-    return (weights * back.to(weights.dtype)).sum(-1)
+    """Of rows ``start`` onwards, ``(..., rows)``, in at least float32."""
+    back = _back(weights, start).clamp(0, window)
+    return (weights.to(accumulation_dtype(weights.dtype)) * back).sum(-1)
+
+
+def _over_response(rows: Tensor, mask: Tensor) -> Tensor:
+    """The mean over all response tokens of ``(..., batch, heads, length)``: ``(..., heads)``."""
+    mask = mask.to(rows.device)
+    return rows.masked_fill(~mask[:, None], 0).sum((-3, -1)) / mask.sum()
 
 
 def _received(weights: Tensor, start: int, mask: Tensor, lo: int, hi: int | None) -> Tensor:
     """What keys get within the horizon from response queries of rows ``start`` onwards, ``(batch, ..., length)``."""
-    rows, length = weights.shape[-2:]
-    query = torch.arange(start, start + rows, device=weights.device)
-    back = query[:, None] - torch.arange(length, device=weights.device)
-    counted = (back >= lo) & (back <= (length if hi is None else hi)) & mask[:, start : start + rows, None]
-    return (weights * counted.view(len(mask), *[1] * (weights.dim() - 3), rows, length)).sum(-2)
+    back, reading = _back(weights, start), _of_response(weights, start, mask)
+    counted = (back >= lo) & (back <= (back.shape[-1] if hi is None else hi)) & reading
+    return weights.to(accumulation_dtype(weights.dtype)).masked_fill(~counted, 0).sum(-2)
+
+
+def _need_causal(weights: Tensor, start: int, mask: Tensor) -> None:
+    # Rows beside the response may hold anything: padding attends to whatever it likes.
+    if bool(weights.masked_fill((_back(weights, start) >= 0) | ~_of_response(weights, start, mask), 0).any()):
+        raise OptionError(
+            "Some weight lies on later tokens, and these measures are of causal self-attention: take a decoder's own "
+            "layers (layers=...)."
+        )
+
+
+def _of_response(weights: Tensor, start: int, mask: Tensor) -> Tensor:
+    """Which rows are of the response, spread over weights ``(batch, rows, length)`` or ``(..., batch, heads, rows,
+    length)``."""
+    reading = mask[:, start : start + weights.shape[-2], None].to(weights.device)
+    return reading if weights.dim() == 3 else reading[:, None]
+
+
+def _back(weights: Tensor, start: int) -> Tensor:
+    """How far each key lies back from rows ``start`` onwards, ``(rows, length)``."""
+    query = torch.arange(start, start + weights.shape[-2], device=weights.device)
+    return query[:, None] - torch.arange(weights.shape[-1], device=weights.device)
 
 
 def _window_size(mask: Tensor, lo: int, hi: int | None) -> Tensor:
@@ -372,8 +398,8 @@ def _median(score: Tensor, mask: Tensor) -> Tensor:
 
 
 def _peaks(score: Tensor, mask: Tensor) -> Tensor:
-    middle = (score[:, 1:-1] > score[:, :-2]) & (score[:, 1:-1] > score[:, 2:])
-    return nn.functional.pad(middle & mask[:, 1:-1] & mask[:, :-2] & mask[:, 2:], (1, 1))
+    beside = nn.functional.pad(score.masked_fill(~mask, torch.inf), (1, 1), value=torch.inf)
+    return mask & (score > beside[:, :-2]) & (score > beside[:, 2:])
 
 
 def _square(weights: Tensor) -> Tensor:
@@ -382,18 +408,31 @@ def _square(weights: Tensor) -> Tensor:
     return weights
 
 
-def _response(maps: Tensor, mask: Tensor | None) -> Tensor:
-    return _tokens(maps[..., 0], mask)
-
-
 def _tokens(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """The response, of scores that are known there."""
     if scores.dim() != 2:
         raise ShapeError(f"What is said of tokens is (batch, length), got {tuple(scores.shape)}.")
     if mask is None:
-        return torch.ones_like(scores, dtype=torch.bool)
+        mask = torch.ones_like(scores, dtype=torch.bool)
     if mask.shape != scores.shape:
-        raise ShapeError(f"response_mask is (batch, length) = {tuple(scores.shape)}, got {tuple(mask.shape)}.")
-    return mask.bool()
+        raise ShapeError(
+            f"response_mask, WAAD, FAI and entropy are (batch, length) of the same text; got {tuple(mask.shape)} and "
+            f"{tuple(scores.shape)}."
+        )
+    mask = mask.to(scores.device).bool()
+    if not bool(mask.any()):
+        raise OptionError("response_mask marks no token as part of a response.")
+    if bool(scores[mask].isnan().any()):
+        raise OptionError("Some of the response's values are NaN, so no token can be chosen by them.")
+    return mask
+
+
+def _need_heads(heads: Heads, layers: int, count: int) -> None:
+    if not heads or any(not (0 <= layer < layers and 0 <= head < count) for layer, head in heads):
+        raise OptionError(
+            f"A set of heads has a (layer, head) at least, with layers 0 to {layers - 1} and heads 0 to {count - 1}; "
+            f"got {heads}. split_heads gives such sets."
+        )
 
 
 def _need_horizon(lo: int, hi: int | None) -> None:

@@ -57,6 +57,12 @@ def head_projections(site: Site) -> HeadProjections:
         weights, biases = _torch(home)
     else:
         weights, biases = _linears(home, site, heads * context["head_dim"], kv_heads * context["head_dim"])
+    for what, weight, count in (("query", weights[0], heads), ("key", weights[1], kv_heads)):
+        if weight.shape[0] != count * context["head_dim"]:
+            raise RetrofitError(
+                f"{site.path}: its {what} projection gives {weight.shape[0]} channels, and {count} heads of "
+                f"{context['head_dim']} would take {count * context['head_dim']}: it holds more than one thing."
+            )
     counts = (heads, kv_heads, kv_heads)
     maps = [
         expand_groups(w.detach().unflatten(0, (n, -1))[None], heads)[0] for w, n in zip(weights, counts, strict=True)
@@ -66,6 +72,11 @@ def head_projections(site: Site) -> HeadProjections:
         for m, b, n in zip(maps, biases, counts, strict=True)
     ]
     out_weight, out_bias = output_projection(site)
+    if out_weight.shape[1] != heads * maps[2].shape[1]:
+        raise RetrofitError(
+            f"{site.path}: {heads} heads of {maps[2].shape[1]} channels do not go into the {out_weight.shape[1]} of "
+            "the output projection that was found."
+        )
     output = out_weight.detach().unflatten(1, (heads, -1)).transpose(0, 1)
     bias = out_weight.new_zeros(out_weight.shape[0]) if out_bias is None else out_bias.detach()
     return HeadProjections(maps[0], maps[1], maps[2], output, shifts[0], shifts[1], shifts[2], bias)
@@ -74,17 +85,14 @@ def head_projections(site: Site) -> HeadProjections:
 def output_projection(site: Site) -> tuple[Tensor, Tensor | None]:
     """Weight ``(embed_dim, num_heads * value_dim)`` and bias of what follows the heads."""
     home = site.home
-    holders = [home, *(parent for parent in (site.parent, site.block) if parent is not None and parent is not home)]
-    for holder in holders:
+    # Not the block: what bears such a name there is an MLP's.
+    for holder in (home, site.parent):
         # BERT keeps it in a sibling, ``output.dense``.
         for place in (holder, getattr(holder, "output", None)):
             for name in _OUT:
                 found = getattr(place, name, None)
-                if found is None and isinstance(place, nn.Module) and name == "out_proj":
-                    found = getattr(place, "to_out", None)
                 if isinstance(found, nn.Module) and getattr(found, "weight", None) is not None:
-                    weight, bias = _plain(found)
-                    return weight, bias
+                    return _plain(found)
     raise RetrofitError(f"{site.path}: no output projection was found in {type(home).__name__}.")
 
 
@@ -109,8 +117,10 @@ def _linears(home: nn.Module, site: Site, width: int, kv_width: int) -> tuple[li
         linear = getattr(home, name, None)
         if isinstance(linear, nn.Module) and getattr(linear, "weight", None) is not None:
             weight, bias = _plain(linear)
-            if name == "query_key_value":
-                # NeoX, Bloom and Falcon interleave the three head by head; which way depends on the model.
+            if name == "query_key_value" or getattr(home, "multi_query", None) is False:
+                # NeoX, Bloom, Falcon and GPTBigCode interleave the three head by head, each its own way.
+                break
+            if weight.shape[0] != width + 2 * kv_width:
                 break
             sizes = [width, kv_width, kv_width]
             parts = list(weight.split(sizes))

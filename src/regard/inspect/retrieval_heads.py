@@ -63,12 +63,19 @@ class RetrievalScorer:
 
     def step(self, attention: Tensor, token_id: int) -> Tensor:
         """Whether each head copied, ``(layers, heads)`` boolean, as the model emitted ``token_id`` with the attention
-        rows ``(layers, heads, keys)`` of the last position."""
-        if attention.dim() != 3:
-            raise ShapeError(f"Rows of attention are (layers, heads, keys); got {tuple(attention.shape)}.")
+        rows ``(layers, heads, keys)`` of the last position, the prompt's keys first."""
+        prompt = self._needle.prompt.to(attention.device)
+        if attention.dim() != 3 or attention.shape[-1] < len(prompt):
+            raise ShapeError(
+                f"Rows of attention are (layers, heads, keys) with a key for each of the {len(prompt)} tokens of the "
+                f"prompt; got {tuple(attention.shape)}."
+            )
+        if self._copied is not None and self._copied.shape[:2] != attention.shape[:2]:
+            raise ShapeError(f"Steps so far had other heads {tuple(self._copied.shape[:2])}; {tuple(attention.shape)}.")
         most, place = attention.max(-1)
+        if bool(most.isnan().any()):
+            raise OptionError("Attention holds NaN, so what heads look at is not known. Run the model in float32.")
         start, end = self._needle.span
-        prompt = self._needle.prompt.to(place.device)
         copies = (place >= start) & (place < end) & (prompt[place.clamp_max(len(prompt) - 1)] == token_id) & (most > 0)
         counted = (copies[..., None] & (self._kinds.to(copies.device) == token_id)).float()
         self._copied = counted if self._copied is None else self._copied + counted
@@ -127,8 +134,11 @@ def detect_retrieval_heads(
     emitted (by default as many as the answer has). forced: read prompt and answer in one forward pass, what the model
     would emit at each of its places taken for what it emits; for an answer that it writes without a mistake the same.
     """
-    if n < 1:
-        raise OptionError(f"n counts needles, so it is at least 1; got {n}.")
+    if n < 1 or (steps is not None and (steps < 1 or forced)):
+        raise OptionError(
+            "n counts needles and steps emitted tokens, so they are at least 1, and a forced pass has as many steps as "
+            f"its answer has tokens; got n={n}, steps={steps}, forced={forced}."
+        )
     found, recall = [], []
     shape: tuple[int, ...] = ()
     for index in range(n):
@@ -164,6 +174,8 @@ def text_retrieval_scores(
 
 def needle_recall(answer: Sequence[int], emitted: Sequence[int]) -> float:
     """Share of the answer's tokens that were emitted, each as often as it stands there (unigram recall), 0 to 1."""
+    if not len(answer):
+        raise OptionError("An answer has at least one token.")
     return (Counter(answer) & Counter(emitted)).total() / len(answer)
 
 
@@ -182,8 +194,8 @@ def activation_frequency(by_context: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadOverlap:
-    """``jaccard``: retrieval heads of both over those of either (NaN where there are none). ``correlation``:
-    Pearson's, of all scores."""
+    """``jaccard``: retrieval heads of both over those of either, 0 to 1 (NaN where there are none). ``correlation``:
+    Pearson's, of all scores, -1 to 1 (NaN where a model's are all alike)."""
 
     jaccard: float
     correlation: float
@@ -193,6 +205,8 @@ def head_overlap(scores_a: Tensor, scores_b: Tensor, threshold: float = 0.1) -> 
     """Whether two models of one shape (or a model at two times of its training) retrieve with the same heads."""
     if scores_a.shape != scores_b.shape:
         raise ShapeError(f"Scores of one shape are compared; got {tuple(scores_a.shape)} and {tuple(scores_b.shape)}.")
+    if bool((scores_a + scores_b).isnan().any()):
+        raise OptionError("Scores hold NaN: a model found no needle, so its heads have none.")
     first, second = scores_a >= threshold, scores_b >= threshold
     either = int((first | second).sum())
     both = int((first & second).sum())

@@ -1,21 +1,45 @@
 """Saliency by gradients and by perturbation, beside attention, with agreement measures: for any model.
 
-By gradients: ``score`` takes embedded inputs ``(batch, positions, dim)`` to one number each ``(batch,)``. On a Hugging
-Face model that is ``lambda e: model(inputs_embeds=e).logits[:, target]``.
+Which tokens made a language model say what it says next? Three answers, and how far two of them agree::
+
+    import torch
+
+    import regard
+    from regard.inspect.saliency import attention_saliency, explanation_agreement, gradient_saliency, lime, presence
+    from regard.models.nano import load_nano, load_tokenizer
+
+    model, tokenizer = load_nano(), load_tokenizer()
+    ids = tokenizer("for index, item in enumerate(items): print(index,", return_tensors="pt")["input_ids"]
+    with torch.no_grad(), regard.capture(model, "weights") as trace:
+        target = int(model(ids).logits[0, -1].argmax())
+    attention = attention_saliency(trace[-1].weights, query=-1)[0]
+    embedded = model.get_input_embeddings()(ids)
+    gradient = gradient_saliency(lambda e: model(inputs_embeds=e).logits[:, -1, target], embedded)[0]
+    present = presence(lambda x: model(x).logits[:, -1, target], ids[0], baseline=tokenizer.eos_token_id)
+    surrogate = lime(present, ids.shape[1], samples=500)
+    print(explanation_agreement(gradient, surrogate, k=5))
+
+What differs from model to model is the score. A classifier: ``model(inputs_embeds=e).logits[:, label]``, attention of
+``query=0`` where it reads [CLS], ``baseline=tokenizer.mask_token_id``. An encoder-decoder: ``model(inputs_embeds=e,
+decoder_input_ids=d.expand(len(e), -1)).logits[:, step, token]``, attention of ``query=step`` in a layer of
+cross-attention. A vision model: pixels, with ``regions`` that number its patches.
+
+By gradients: ``score`` takes embedded inputs ``(batch, positions, dim)`` to one number each ``(batch,)``.
 
 By perturbation: a :data:`Presence` takes masks ``kept`` ``(n, features)``, boolean, to what the model says of the input
 with the features left out that are not kept, ``(n, ...)``. :func:`presence` makes one from a model, one input and what
 stands for a missing feature; features are positions, or any regions. Surrogates, deletion curves and random masks all
 go through it, and see no more of the model than that.
 
-Saliency is ``(..., features)``; the larger, the more a feature speaks for the score.
+Saliency is ``(..., features)``; the larger, the more a feature speaks for the score. Sums are taken in float32 or
+float64, whatever the model computes in, and a NaN among the numbers is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,18 +84,28 @@ def attention_saliency(weights: Tensor, agg: Literal["mean", "max"] = "mean", qu
         raise OptionError(f"agg is 'mean' or 'max' over the heads, got {agg!r}.")
     if weights.dim() != 4:
         raise ShapeError(f"Attention weights are (batch, num_heads, q_len, k_len), got {tuple(weights.shape)}.")
+    if not -weights.shape[2] <= query < weights.shape[2]:
+        raise OptionError(f"There is no query {query}: these weights are of {weights.shape[2]} queries.")
     row = weights[:, :, query]
     return row.mean(1) if agg == "mean" else row.amax(1)
 
 
 def input_gradient(score: Score, inputs: Tensor) -> Tensor:
     """The gradient of every example's own score, in the shape of ``inputs``; the model's parameters get none."""
+    if not inputs.is_floating_point():
+        raise OptionError(
+            f"{inputs.dtype} inputs have no gradient. Embed tokens first, model.get_input_embeddings()(ids), and let "
+            "score take them as inputs_embeds."
+        )
     with torch.enable_grad():
         leaf = inputs.detach().requires_grad_()
-        scores = score(leaf)
+        scores = _tensor(score(leaf))
         if scores.shape != inputs.shape[:1]:
             raise ShapeError(f"score gives one number for each of {len(inputs)} inputs, got {tuple(scores.shape)}.")
-        return torch.autograd.grad(scores.sum(), leaf)[0]
+        found = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)[0] if scores.requires_grad else None
+    if found is None:
+        raise OptionError("The score does not depend on the inputs that it was given, or was computed under no_grad.")
+    return found
 
 
 def reduce_gradient(gradient: Tensor, inputs: Tensor, reduce: Reduce = "xinput") -> Tensor:
@@ -119,19 +153,22 @@ def presence(
         )
     spread = regions.reshape(regions.shape + (1,) * (x.dim() - regions.dim()))
     missing = torch.as_tensor(baseline, dtype=x.dtype, device=x.device).expand(x.shape)
+    features = int(regions.max()) + 1
 
     def says(kept: Tensor) -> Tensor:
-        if kept.dim() != 2 or kept.dtype != torch.bool or int(regions.max()) >= kept.shape[1]:
+        if kept.dim() != 2 or kept.dtype != torch.bool or kept.shape[1] != features:
             raise ShapeError(
-                f"kept is boolean (n, {int(regions.max()) + 1}): one column a feature; got {tuple(kept.shape)} "
-                f"{kept.dtype}."
+                f"kept is boolean (n, {features}): one column a feature; got {tuple(kept.shape)} {kept.dtype}."
             )
         found = []
         with torch.no_grad():
             for part in kept.to(x.device).split(batch_size):
                 # Index -1 finds the column added behind, which keeps all.
                 stays = torch.cat((part, part.new_ones(len(part), 1)), 1)[:, spread]
-                found.append(model(torch.where(stays, x, missing)))
+                said = _tensor(model(torch.where(stays, x, missing)))
+                if said.shape[:1] != part.shape[:1]:
+                    raise ShapeError(f"model gives (n, ...) for {len(part)} inputs, got {tuple(said.shape)}.")
+                found.append(said)
         return torch.cat(found)
 
     return says
@@ -140,7 +177,7 @@ def presence(
 def occlusion(present: Presence, features: int) -> Tensor:
     """``f(all) - f(all but feature j)``, ``(..., features)``: leaving out one at a time."""
     kept = torch.cat((torch.ones(1, features, dtype=torch.bool), ~torch.eye(features, dtype=torch.bool)))
-    scores = present(kept)
+    scores = _wide(present(kept))
     return (scores[0] - scores[1:]).movedim(0, -1)
 
 
@@ -149,11 +186,11 @@ def mask_saliency(change: Tensor, kept: Tensor) -> Tensor:
     its mean where the feature was missing, less its mean where it was kept."""
     if kept.dim() != 2 or len(change) != len(kept):
         raise ShapeError(f"One mask (features,) for each change; got {tuple(kept.shape)}, {tuple(change.shape)}.")
-    stays = kept.to(change.dtype)
+    flat = _wide(change).reshape(len(change), -1)
+    stays = kept.to(flat)
     count = stays.sum(0)
     if bool(((count == 0) | (count == len(kept))).any()):
         raise OptionError("A feature was never left out, or never kept: draw more masks, or keep nearer one half.")
-    flat = change.reshape(len(change), -1)
     with_feature = flat.mT @ stays / count
     without = flat.mT @ (1 - stays) / (len(kept) - count)
     return (without - with_feature).reshape(*change.shape[1:], kept.shape[1])
@@ -191,16 +228,15 @@ def lime(
     # The place of each feature in a random order: the first of them go.
     order = torch.rand(samples, features, generator=generator).argsort(-1).argsort(-1)
     kept = order >= missing
-    scores = present(kept)
+    scores = _wide(present(kept))
     flat = scores.reshape(samples, -1).double()
     weights = lime_kernel(kept.double().mean(-1), kernel_width).to(flat.device)
     shares = weights / weights.sum()
     design = kept.to(flat)
-    design = design - shares @ design
-    target = flat - shares @ flat
+    design = design - shares @ design  # so that the intercept takes what they have in common
     gram = design.mT @ (weights[:, None] * design)
     gram = gram + ridge * torch.eye(features, dtype=gram.dtype, device=gram.device)
-    found = torch.linalg.solve(gram, design.mT @ (weights[:, None] * target))
+    found = torch.linalg.solve(gram, design.mT @ (weights[:, None] * flat))
     return found.mT.reshape(*scores.shape[1:], features).to(scores.dtype)
 
 
@@ -227,9 +263,9 @@ def deletion_curve(
         raise OptionError(f"first is 'most' or 'least' salient, got {first!r}.")
     features = len(saliency)
     gone = torch.linspace(0, features, min(steps, features) + 1).round().long()
-    place = saliency.argsort(descending=first == "most", stable=True).argsort()
+    place = _wide(saliency).argsort(descending=first == "most", stable=True).argsort()
     kept = place >= gone[:, None].to(place.device)
-    return Deletion(gone / features, present(kept))
+    return Deletion(gone / features, _wide(present(kept)))
 
 
 # Agreement
@@ -250,28 +286,29 @@ def explanation_agreement(a: Tensor, b: Tensor, k: int) -> Agreement:
 
 def pearson(a: Tensor, b: Tensor) -> Tensor:
     """Correlation ``(...)`` over the last axis; 0 where one of them is constant."""
-    if a.shape[-1:] != b.shape[-1:] or a.shape[-1] < 2:
-        raise ShapeError(
-            f"A correlation takes two explanations of the same two or more features; got {tuple(a.shape)} and "
-            f"{tuple(b.shape)}."
-        )
-    a, b = (x - x.mean(-1, keepdim=True) for x in (a, b))
+    a, b = (x - x.mean(-1, keepdim=True) for x in _paired(a, b, 2))
     # Scaled first, so that tiny saliencies do not underflow when squared.
     a, b = (x / x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) for x in (a, b))
     norms = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
-    return torch.where(norms > 0, (a * b).sum(-1) / norms.where(norms > 0, torch.ones_like(norms)), 0.0)
+    return (a * b).sum(-1) / torch.where(norms > 0, norms, 1)
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's correlation ``(...)`` over the last axis; equal numbers share the mean of their ranks."""
+    a, b = _paired(a, b, 2)
     return pearson(_ranks(a), _ranks(b))
 
 
 def top_k_overlap(a: Tensor, b: Tensor, k: int) -> Tensor:
-    """The share of the ``k`` largest features that two explanations have in common, ``(...)``."""
+    """The share of the ``k`` largest features that two explanations have in common, ``(...)``; of equal ones those
+    that stand first are taken."""
+    a, b = _paired(a, b, 1)
     if not 1 <= k <= a.shape[-1]:
         raise OptionError(f"k is between 1 and the {a.shape[-1]} features, got {k}.")
-    found = [torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.topk(k, -1).indices, True) for x in (a, b)]
+    found = []
+    for x in (a, b):
+        largest = x.argsort(dim=-1, descending=True, stable=True)[..., :k]
+        found.append(torch.zeros_like(x, dtype=torch.bool).scatter(-1, largest, True))
     return (found[0] & found[1]).sum(-1) / k
 
 
@@ -283,7 +320,7 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
     count = int(positive.sum())
     if positive.dtype != torch.bool or positive.shape != scores.shape or count in (0, len(scores)):
         raise ShapeError("auroc takes a boolean for each score, some of them True and some of them False.")
-    above = float(_ranks(scores)[positive].sum()) - count * (count - 1) / 2
+    above = float(_ranks(_wide(scores))[positive].sum()) - count * (count - 1) / 2
     return above / (count * (len(scores) - count))
 
 
@@ -294,3 +331,29 @@ def _ranks(x: Tensor) -> Tensor:
     below = torch.searchsorted(ordered, flat)
     up_to = torch.searchsorted(ordered, flat, right=True)
     return ((below + up_to - 1).double() / 2).reshape(x.shape)
+
+
+def _paired(a: Tensor, b: Tensor, least: int) -> tuple[Tensor, Tensor]:
+    """Two explanations of the same features, ``least`` of them or more, to compute with."""
+    if a.dim() == 0 or a.shape[-1:] != b.shape[-1:] or a.shape[-1] < least:
+        raise ShapeError(
+            f"Compared are two explanations (..., features) of the same {least} or more features; got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}."
+        )
+    return _wide(a), _wide(b)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Numbers to sum up: float64 stays, whole numbers become it, all else is float32."""
+    x = x.double() if x.dtype == torch.float64 or not x.is_floating_point() else x.float()
+    if bool(x.isnan().any()):
+        raise OptionError("There are NaN among the scores. Look at what the model gives for this input first.")
+    return x
+
+
+def _tensor(said: Any) -> Tensor:
+    if not isinstance(said, Tensor):
+        raise OptionError(
+            f"The model is to give a tensor, got {type(said).__name__}. Wrap it: lambda x: model(x).logits[:, label]."
+        )
+    return said

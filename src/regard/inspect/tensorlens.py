@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from regard.errors import OptionError, ShapeError
+from regard.errors import OptionError, RetrofitError, ShapeError
 from regard.inspect.frozen import FrozenBlocks
 from regard.inspect.projections import output_projection
 
@@ -167,6 +167,7 @@ class TensorLens:
     def __init__(self, model: nn.Module, closed: bool = False) -> None:
         self._frozen, self._closed = FrozenBlocks(model), closed
         self._whole: AffineMap | None = None
+        self._runs = 0
 
     def __enter__(self) -> TensorLens:
         self._frozen.open()
@@ -177,8 +178,11 @@ class TensorLens:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on a batch of one; returns what it returns."""
-        self._whole = None
-        return self._frozen.record(*args, **kwargs)
+        self._whole, self._runs = None, self._runs + 1
+        out = self._frozen.record(*args, **kwargs)
+        if self._closed:
+            self._frozen.check_close()
+        return out
 
     def __len__(self) -> int:
         """How many blocks there are."""
@@ -187,10 +191,8 @@ class TensorLens:
     @property
     def whole(self) -> AffineMap:
         """All blocks, and with ``closed`` what follows them."""
-        self._check_run()
         if self._whole is None:
-            frozen, closed, depth = self._frozen, self._closed, len(self)
-            self._whole = AffineMap(lambda x: frozen.run(x, 0, depth, closed), frozen.tokens_in(0))
+            self._whole = self._map(0, len(self), self._closed)
         return self._whole
 
     @property
@@ -232,10 +234,20 @@ class TensorLens:
 
     def range(self, first: int, last: int) -> AffineMap:
         """Blocks ``first`` to ``last - 1``; never what follows the blocks."""
-        self._check_run()
         if not 0 <= first < last <= len(self):
             raise OptionError(f"There are blocks 0 to {len(self) - 1}; got range({first}, {last}).")
-        return AffineMap(lambda x: self._frozen.run(x, first, last), self._frozen.tokens_in(first))
+        return self._map(first, last, closed=False)
+
+    def _map(self, first: int, last: int, closed: bool) -> AffineMap:
+        self._check_run()
+        frozen, now = self._frozen, self._runs
+
+        def function(x: Tensor) -> Tensor:
+            if self._runs != now:
+                raise OptionError("The lens has looked at another input since, so this map's coefficients are gone.")
+            return frozen.run(x, first, last, closed)
+
+        return AffineMap(function, frozen.tokens_in(first))
 
     def jacobian(self) -> LocalMap:
         """The network's own derivative at ``x``, nothing held; as the map, without ``apply`` and ``bias``."""
@@ -250,7 +262,8 @@ class TensorLens:
         return self._frozen.weights[self._frozen.attention(block)[0]][0]
 
     def contributions(self, block: int) -> Tensor:
-        """``sum_h A_h[i, j] W_O^h v_j^h`` ``(tokens, tokens, dim)``: what attention brings token ``i`` from ``j``."""
+        """``sum_h A_h[i, j] W_O^h v_j^h`` ``(tokens, tokens, dim)``: what attention brings token ``i`` from ``j``,
+        before any scale or norm of its branch."""
         self._check_run()
         layer, site = self._frozen.attention(block)
         weight, _ = output_projection(site)
@@ -259,33 +272,29 @@ class TensorLens:
         return torch.einsum("hij,hjo->ijo", weights, projected)
 
     def head_attribution(self, direction: Tensor, i: int = -1) -> Tensor:
-        """What each head writes straight into the answer at token ``i``, ``(blocks, num_heads)``.
+        """What each head writes straight into the answer's row ``i``, ``(blocks, num_heads)``: direct logit attribution
+        (Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021).
 
         direction: of the answer, ``(dim_out,)``; one for a token's logit and minus one for another's gives the logit
-        difference. A head's output goes through the output projection and what follows the blocks, whose scales are
-        held; what later blocks make of it is left out. For pre-norm models, whose blocks add to one stream, and heads
-        of one number in all blocks (direct logit attribution; Elhage et al., "A Mathematical Framework for Transformer
-        Circuits", 2021).
+        difference. A head's output goes through the output projection, residuals, norms (whose scales are held) and
+        what follows the blocks, wherever a model has them; what other attention layers and the blocks' activations make
+        of it is left out, and so are biases. Raises RetrofitError where blocks differ in their number of heads.
         """
         self._check_run()
-        frozen, last = self._frozen, len(self) - 1
-        state = frozen.tokens_out(last).detach().requires_grad_()
+        frozen = self._frozen
+        frozen.check_close()
+        answer, heads = frozen.run_direct()
+        if direction.shape != answer.shape[1:] or not -len(answer) <= i < len(answer):
+            raise ShapeError(
+                f"The answer is {tuple(answer.shape)}: its rows are 0 to {len(answer) - 1} and a direction is "
+                f"({answer.shape[1]},). Got row {i} and a direction {tuple(direction.shape)}."
+            )
+        own = [heads[frozen.attention(block)[0]] for block in range(len(self))]
+        if len({z.shape[2] for z in own}) > 1:
+            raise RetrofitError(f"These blocks have {[z.shape[2] for z in own]} heads, which make no table.")
         with torch.enable_grad():
-            given = frozen.run_tail(state)
-            if given.shape[0] != state.shape[0] or direction.shape != given.shape[1:]:
-                raise ShapeError(
-                    f"The model answers {tuple(given.shape)} for {state.shape[0]} tokens, and the direction is "
-                    f"{tuple(direction.shape)}; it needs {(given.shape[-1],)} and an answer for every token."
-                )
-            (pulled,) = torch.autograd.grad(given[i] @ direction.to(given), state)
-        found = []
-        for block in range(len(self)):
-            layer, site = frozen.attention(block)
-            weight = output_projection(site)[0].detach()
-            weights, values = frozen.weights[layer][0], frozen.values[layer][0]
-            heads = torch.einsum("hj,hjd->hd", weights[:, i], values)
-            found.append(torch.einsum("hd,ohd,o->h", heads, weight.unflatten(1, (len(heads), -1)), pulled[i]))
-        return torch.stack(found).detach()
+            gradients = torch.autograd.grad(answer[i] @ direction.to(answer), own)
+        return torch.stack([(z * g).sum((0, 1, 3)) for z, g in zip(own, gradients, strict=True)]).detach()
 
     def entering(self, block: int) -> Tensor:
         """What enters a block, ``(tokens, dim)``."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.errors import ShapeError
+from regard.errors import OptionError, ShapeError
 from regard.inspect.metrics import js_divergence
 
 __all__ = ["Comparison", "compare_samples"]
@@ -39,16 +39,21 @@ def compare_samples(
     """Compare two samples of any shape, at least two numbers each.
 
     equal_variance: Student's test instead of Welch's. bins, limits: of the histograms, by default over the range of
-    both; what lies outside of ``limits`` is left out of them. The chance of ``ks`` is the asymptotic one.
+    both; what lies outside of ``limits`` is left out of them. The chance of ``ks`` is the asymptotic one, which is too
+    large for small samples.
     """
     a, b = first.detach().flatten().double(), second.detach().flatten().double()
     if len(a) < 2 or len(b) < 2 or not bool(torch.cat((a, b)).isfinite().all()):
         raise ShapeError(f"Two samples of at least two finite numbers are compared; got {len(a)} and {len(b)}.")
+    if bins < 1 or (limits is not None and not limits[0] < limits[1]):
+        raise OptionError(f"Histograms have a bin at least, between limits that rise; got {bins} and {limits}.")
     t, degrees = _t_statistic(a, b, equal_variance)
     ks = _largest_step(a, b)
     low, high = limits or (float(min(a.min(), b.min())), float(max(a.max(), b.max())))
     parts = [torch.histc(x, bins, low, high) for x in (a, b)]
-    shares = [part / part.sum().clamp_min(1) for part in parts]
+    if not all(bool(part.any()) for part in parts):
+        raise OptionError(f"A sample has nothing within {limits}: no divergence of histograms can be told. Widen them.")
+    shares = [part / part.sum() for part in parts]
     size = len(a) * len(b) / (len(a) + len(b))
     return Comparison(
         (float(a.mean()), float(b.mean())),
@@ -68,24 +73,25 @@ def _t_statistic(a: Tensor, b: Tensor, equal_variance: bool) -> tuple[float, flo
         degrees = float(n + m - 2)
     else:
         spread = va / n + vb / m
-        degrees = spread**2 / ((va / n) ** 2 / (n - 1) + (vb / m) ** 2 / (m - 1)) if spread else float(n + m - 2)
+        # Of shares of the spread: squares of tiny variances would vanish.
+        share = va / n / spread if spread else 0.5
+        degrees = 1 / (share**2 / (n - 1) + (1 - share) ** 2 / (m - 1))
     apart = float(b.mean() - a.mean())
     return (apart / math.sqrt(spread) if spread else math.copysign(math.inf, apart) if apart else 0.0), degrees
 
 
 def _student_p(t: float, degrees: float) -> float:
     """Chance of ``|T| >= |t|``: the incomplete beta function ``I_x(degrees / 2, 1 / 2)``, ``x = degrees / (degrees +
-    t^2)``, by its continued fraction (Lentz)."""
-    if math.isinf(t):
-        return 0.0
-    x, a, b = degrees / (degrees + t * t), degrees / 2, 0.5
-    if x == 1.0:
-        return 1.0
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    t^2)``, by its continued fraction (Lentz). torch has none."""
+    x, y, a, b = degrees / (degrees + t * t), t * t / degrees, degrees / 2, 0.5
+    if x in (0.0, 1.0):
+        return x
+    # y is (1 - x) / x, which keeps its digits where x is nearly 1.
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) - (a + b) * math.log1p(y) + b * math.log(y))
     # The fraction converges fast on one side of the mean alone; the other side is its complement.
     if x > (a + 1) / (a + b + 2):
-        return 1 - math.exp(log_front) * _beta_fraction(1 - x, b, a) / b
-    return math.exp(log_front) * _beta_fraction(x, a, b) / a
+        return 1 - front * _beta_fraction(x * y, b, a) / b
+    return front * _beta_fraction(x, a, b) / a
 
 
 def _beta_fraction(x: float, a: float, b: float) -> float:

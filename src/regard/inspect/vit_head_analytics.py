@@ -21,12 +21,12 @@ forward passes (left in alone, ``L H + L``); profiles need none.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.errors import OptionError, ShapeError, UnknownNameError
@@ -34,7 +34,9 @@ from regard.inspect.capture import capture
 from regard.inspect.intervene import Head, ablate_heads, intervene
 from regard.inspect.metrics import js_divergence
 from regard.inspect.pattern_atlas import PatternEmbedding, attention_pattern_embedding
+from regard.kernels import accumulation_dtype
 from regard.retrofit.sites import discover
+from regard.retrofit.switch import evaluating
 
 __all__ = [
     "METRICS",
@@ -89,16 +91,19 @@ def head_importances(
             raise UnknownNameError("metric of importance", metric, METRICS, f"There are {', '.join(METRICS)}.")
     counts = [site.context["num_heads"] for site in discover(model)]
     found = {metric: torch.full((len(counts), max(counts)), torch.nan, dtype=torch.float64) for metric in metrics}
-    with _evaluating(model):
+    if labels.dim() != 1 or not len(labels):
+        raise ShapeError(f"labels are (batch,), one class an image, of an image at least; got {tuple(labels.shape)}.")
+    with evaluating(model):
         own = _logits(model, batch)
-        if labels.shape != own.shape[:1]:
-            raise ShapeError(f"labels are ({own.shape[0]},), one class an image; got {tuple(labels.shape)}.")
-        right = own.argmax(-1) == labels.to(own.device)
+        if len(labels) != len(own):
+            raise ShapeError(f"labels are ({len(own)},), one class an image; got {tuple(labels.shape)}.")
+        labels = labels.to(own.device)
+        right = own.argmax(-1) == labels
         if not right.any():
             raise OptionError(
                 "The model classifies none of these images correctly, and importance is a mean over those."
             )
-        truth = labels.to(own.device)[right]
+        truth = labels[right].long()
 
         def loss_without(heads: Sequence[Head]) -> dict[Metric, float]:
             with intervene(model, ablate_heads(heads)):
@@ -140,17 +145,6 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 @dataclass(frozen=True)
 class KHopProfile:
     """Attention by distance in patches, means over query patches and images; ``K + 1`` distances, 0 the patch itself.
@@ -178,43 +172,43 @@ def khop_profile(attn: Tensor, grid: Sequence[int], cls: bool | int = True) -> K
     attn: ``(layers, batch, heads, N, N)``. grid: rows and columns of patches. cls: how many tokens stand before them
     (True: one).
     """
-    patches, before = _patches(attn, grid, cls)
+    attn, before = _maps(attn, grid, cls)
+    mean = attn.mean(1)
     hops = _offsets(grid, attn.device).abs().amax(-1)
-    strength, per_neighbour = [], []
-    for hop in range(max(grid)):
-        ring = hops == hop
-        size = ring.sum(-1)
-        mass = (patches * ring).sum(-1).mean(1)
-        strength.append(mass.mean(-1))
-        per_neighbour.append((mass / size.clamp_min(1)).sum(-1) / (size > 0).sum())
-    column = attn[..., before:, :before].sum(-1).mean((1, 3))
-    row = attn[..., :before, before:].sum(-1).mean((1, 3))
-    return KHopProfile(torch.stack(strength, -1), torch.stack(per_neighbour, -1), column, row)
+    ring = F.one_hot(hops).to(mean.dtype)
+    size = ring.sum(1)
+    # Of each patch at each distance, (layers, heads, patches, K + 1).
+    mass = torch.einsum("lhpq,pqk->lhpk", mean[..., before:, before:], ring)
+    per_neighbour = (mass / size.clamp_min(1)).sum(2) / (size > 0).sum(0)
+    column = mean[..., before:, :before].sum(-1).mean(-1)
+    row = mean[..., :before, before:].sum(-1).mean(-1)
+    return KHopProfile(mass.mean(2), per_neighbour, column, row)
 
 
 def mean_attention_distance(attn: Tensor, grid: Sequence[int], cls: bool | int = True) -> Tensor:
     """Mean Euclidean distance ``(layers, heads)``, in patches, between a patch and the patches that it attends to;
-    weights on other tokens are left out, and the others count by their share."""
-    patches, _ = _patches(attn, grid, cls)
+    weights on other tokens are left out, and the others count by their share. NaN for a head that attends to those
+    alone."""
+    attn, before = _maps(attn, grid, cls)
+    patches = attn[..., before:, before:]
     distance = _offsets(grid, attn.device).to(patches.dtype).square().sum(-1).sqrt()
-    mass = patches.sum(-1)
-    seen = mass > 0
-    far = (patches * distance).sum(-1) / torch.where(seen, mass, 1)
-    return (far * seen).sum((1, 3)) / seen.sum((1, 3)).clamp_min(1)
+    # A patch without weight on any has 0 / 0 and is left out of the mean.
+    return ((patches * distance).sum(-1) / patches.sum(-1)).transpose(1, 2).flatten(2).nanmean(-1)
 
 
-def _patches(attn: Tensor, grid: Sequence[int], cls: bool | int) -> tuple[Tensor, int]:
-    """The weights among patches, in at least float32, and how many tokens stand before them."""
-    if len(grid) != 2 or min(grid) < 1 or int(cls) < 0:
-        raise OptionError(f"grid is (rows, columns) of patches and cls the tokens before; got {tuple(grid)}, {cls}.")
+def _maps(attn: Tensor, grid: Sequence[int], cls: bool | int) -> tuple[Tensor, int]:
+    """The maps in at least float32, and how many tokens stand before the patches."""
+    if not isinstance(grid, Sequence) or len(grid) != 2 or min(grid) < 1 or int(cls) < 0:
+        raise OptionError(f"grid is (rows, columns) of patches and cls the tokens before; got {grid} and {cls}.")
     before, count = int(cls), grid[0] * grid[1]
-    if attn.dim() != 5 or attn.shape[3] != attn.shape[4] or attn.shape[3] != before + count:
+    if attn.dim() != 5 or attn.shape[3] != attn.shape[4] or attn.shape[3] != before + count or attn.numel() == 0:
         raise ShapeError(
             f"Maps are (layers, batch, heads, N, N) with N = {before} + {grid[0]} x {grid[1]} tokens; got "
             f"{tuple(attn.shape)}. Set cls to the number of tokens before the patches."
         )
-    patches = attn[..., before:, before:]
-    return patches.float() if patches.dtype in (torch.float16, torch.bfloat16) else patches, before
+    if not bool(attn.isfinite().all()):
+        raise OptionError("Some weights are not finite, and no mean would be.")
+    return attn.to(accumulation_dtype(attn.dtype)), before
 
 
 def _offsets(grid: Sequence[int], device: torch.device) -> Tensor:
@@ -284,12 +278,14 @@ def head_report(
     importance = head_importances(model, batch, labels, leave_one_in=leave_one_in)
     with (
         torch.no_grad(),
-        _evaluating(model),
+        evaluating(model),
         capture(model, "weights") as trace,
     ):
         _logits(model, batch)
     attn = trace.stack("weights")
     before = attn.shape[-1] - grid[0] * grid[1]
+    if before < 0:
+        raise OptionError(f"The model's maps are of {attn.shape[-1]} tokens, fewer than a grid of {tuple(grid)} has.")
     profile, distance = khop_profile(attn, grid, before), mean_attention_distance(attn, grid, before)
     found = attention_pattern_embedding(attn, **patterns)
     clusters = found.head_clusters()

@@ -60,19 +60,20 @@ class FixedPatternHead(nn.Module):
 
     def weights(self, tokens: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights ``(batch, length, length)``, uniform in rows without a target, and those rows ``(batch, length)``."""
-        real = None if segments is None else segments >= 0
-        return _fixed(self.pattern(tokens, segments), self.value.weight.dtype, real)
+        visible = None if segments is None else (segments >= 0)[:, None]
+        return _fixed(self.pattern(tokens, segments), self.value.weight.dtype, visible)
 
     def forward(self, x: Tensor, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
         return cast(Tensor, self.out(self.weights(tokens, segments)[0] @ self.value(x)))
 
 
-def _fixed(pattern: Tensor, dtype: torch.dtype, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of the pattern over their sums, and where they are empty the same weight for every real token."""
-    weights, empty = row_normalised(pattern, dtype)
-    spread = torch.ones_like(empty) if real is None else real
-    even = spread.to(dtype) / spread.sum(-1, keepdim=True).clamp_min(1)
-    return torch.where(empty[..., None], even[:, None], weights.to(dtype)), empty
+def _fixed(pattern: Tensor, dtype: torch.dtype, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of the pattern over their sums, and where they are empty the same weight for every key that is visible,
+    ``(batch, 1 | length, length)``."""
+    seen = torch.ones_like(pattern, dtype=torch.bool) if visible is None else visible
+    weights, empty = row_normalised(pattern * seen, dtype)
+    even = seen.to(dtype) / seen.sum(-1, keepdim=True).clamp_min(1)
+    return torch.where(empty[..., None], even, weights.to(dtype)), empty
 
 
 class PatternHeads(nn.Module):
@@ -94,32 +95,33 @@ class PatternHeads(nn.Module):
         self.key = nn.Linear(embed_dim, width, bias=False) if self.scored else None
         self.value = nn.Linear(embed_dim, num_heads * self.head_dim, bias=False)
 
-    def weights(self, x: Tensor, maps: Tensor, real: Tensor | None = None) -> Tensor:
-        """``(batch, num_heads, length, length)``. real: ``(batch, length)``, False at padding, which learnt and masked
-        heads and uniform rows leave out."""
+    def weights(self, x: Tensor, maps: Tensor, visible: Tensor | None = None) -> Tensor:
+        """``(batch, num_heads, length, length)``. visible: the keys that there are ``(batch, length)``, False at
+        padding, or ``(batch | 1, length, length)`` where queries do not see all of them, as in a causal model."""
         if maps.shape != (len(x), len(self.patterns), x.shape[1], x.shape[1]):
             raise ShapeError(
                 f"maps are (batch, patterns, length, length) = {(len(x), len(self.patterns), x.shape[1], x.shape[1])} "
                 f"here, got {tuple(maps.shape)}; pattern_maps makes them."
             )
-        found: dict[int, Tensor] = {at: _fixed(maps[:, at], x.dtype, real)[0] for at in self.fixed}
+        seen = visible[:, None] if visible is not None and visible.dim() == 2 else visible
+        found: dict[int, Tensor] = {at: _fixed(maps[:, at], x.dtype, seen)[0] for at in self.fixed}
         if self.query is not None and self.key is not None:
             query, key = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.query, self.key))
             logits = query @ key.mT * self.head_dim**-0.5
-            if real is not None:
-                logits = logits.masked_fill(~real[:, None, None], torch.finfo(logits.dtype).min)
+            if seen is not None:
+                logits = logits.masked_fill(~seen[:, None], torch.finfo(logits.dtype).min)
             for place, at in enumerate(self.scored):
                 scores = logits[:, place]
                 if at < len(self.patterns):
-                    inside = maps[:, at] > 0
+                    inside = maps[:, at] > 0 if seen is None else (maps[:, at] > 0) & seen
                     inside = inside | ~inside.any(-1, keepdim=True)
                     scores = scores.masked_fill(~inside, -torch.inf)
                 found[at] = scores.softmax(-1)
         return torch.stack([found[at] for at in range(self.num_heads)], 1)
 
-    def forward(self, x: Tensor, maps: Tensor, real: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, maps: Tensor, visible: Tensor | None = None) -> Tensor:
         value = self.value(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        return (self.weights(x, maps, real) @ value).transpose(1, 2).flatten(2)
+        return (self.weights(x, maps, visible) @ value).transpose(1, 2).flatten(2)
 
 
 class PatternAttention(nn.Module):
@@ -130,8 +132,8 @@ class PatternAttention(nn.Module):
         self.heads = PatternHeads(embed_dim, num_heads, patterns)
         self.out = nn.Linear(num_heads * self.heads.head_dim, embed_dim)
 
-    def forward(self, x: Tensor, maps: Tensor, real: Tensor | None = None) -> Tensor:
-        return cast(Tensor, self.out(self.heads(x, maps, real)))
+    def forward(self, x: Tensor, maps: Tensor, visible: Tensor | None = None) -> Tensor:
+        return cast(Tensor, self.out(self.heads(x, maps, visible)))
 
 
 class PatternAdapter(nn.Module):
@@ -148,8 +150,8 @@ class PatternAdapter(nn.Module):
         self.up = nn.Linear(width, embed_dim, bias=False)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, x: Tensor, maps: Tensor, real: Tensor | None = None) -> Tensor:
-        return cast(Tensor, self.up(self.heads(self.down(x), maps, real)))
+    def forward(self, x: Tensor, maps: Tensor, visible: Tensor | None = None) -> Tensor:
+        return cast(Tensor, self.up(self.heads(self.down(x), maps, visible)))
 
 
 class PatternEncoder(nn.Module):
@@ -172,7 +174,9 @@ class PatternEncoder(nn.Module):
         super().__init__()
         self.marker, self.patterns = marker, tuple(patterns)
         self.embed = nn.Embedding(vocab_size, embed_dim)
-        self.positions = nn.Parameter(0.02 * torch.randn(max_length, embed_dim))
+        self.positions = nn.Embedding(max_length, embed_dim)
+        # Both of one size, as in BERT: heads that are learnt find sentences by positions alone.
+        self.embed_norm = nn.LayerNorm(embed_dim)
         self.blocks = nn.ModuleList(
             TransformerBlock(embed_dim, PatternAttention(embed_dim, num_heads, patterns), mlp_ratio)
             for _ in range(depth)
@@ -181,11 +185,11 @@ class PatternEncoder(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if tokens.shape[1] > len(self.positions):
-            raise ShapeError(f"{tokens.shape[1]} tokens exceed max_length {len(self.positions)}.")
+        if tokens.shape[1] > self.positions.num_embeddings:
+            raise ShapeError(f"{tokens.shape[1]} tokens exceed max_length {self.positions.num_embeddings}.")
         segments = segments_from_markers(tokens, self.marker)
         maps = pattern_maps([pattern.predicate for pattern in self.patterns], tokens, segments)
-        hidden = self.embed(tokens) + self.positions[: tokens.shape[1]]
+        hidden = self.embed_norm(self.embed(tokens) + self.positions.weight[: tokens.shape[1]])
         for block in self.blocks:
             hidden = block(hidden, maps=maps)
         return cast(Tensor, self.head(self.norm(hidden)))

@@ -23,7 +23,7 @@ from regard.inspect.cross_attention_faithfulness import (
 from regard.models.cross_attention_faithfulness import TinyS2T
 from regard.reproduce.finding import Finding, Plot
 
-STEPS, EXAMPLES, MASKS = 700, 12, 1000
+STEPS, EXAMPLES, MASKS = 700, 12, 2000
 
 
 def run(report: Callable[[str], None]) -> Finding:
@@ -124,8 +124,11 @@ NOTE = (
     "states than of the input, and with the input above 0.2, if it beats the median head on both, if permuted "
     "columns stay within 0.1, and if without encoder layers the two agreements differ by less than 0.05. The "
     "first does not show: a tone is known from its own frames, so this encoder has little to mix, and input and "
-    "states agree with attention alike, with and without encoder layers. It may take sounds that only their "
-    "neighbours tell apart, or the deep encoders of real speech models."
+    "states agree with attention alike, with and without encoder layers. It is not for sampling: four times 1000 masks "
+    "raise the agreement with states from 0.654 to 0.666 and leave that with the input, and regions of a quarter of "
+    "the size, as long in encoder steps as the paper's, change neither by more than 0.01. Symbols of two tones, of "
+    "which neither is enough, gave gaps of -0.01 and 0.03 (two seeds) with encoder layers, -0.01 both without. It "
+    "likely takes the deep encoders of real speech models."
 )
 
 

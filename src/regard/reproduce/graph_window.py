@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 from regard.bench.graph_tasks import MajorityColour
-from regard.bench.training import evaluate, fit
+from regard.bench.training import History, evaluate, fit
 from regard.inspect.capture import capture
 from regard.inspect.ego_tree import EgoTree, Perturbation, perturb_tree
 from regard.inspect.graph_window import (
     Hops,
+    WindowSchedule,
     hop_profile,
     node_text_shift,
     received_attention,
@@ -27,7 +29,7 @@ from regard.inspect.two_samples import Comparison
 from regard.models.sequence import SequenceModel
 from regard.reproduce.finding import Finding, Plot
 
-SEEDS, STEPS, BATCH, RATE, CURVE = 3, 300, 32, 2e-3, 25
+SEEDS, STEPS, BATCH, RATE, CURVE = 5, 300, 32, 2e-3, 25
 WINDOWS: tuple[Hops, ...] = (1, 2, 3, "full")
 WATCHED = 64
 
@@ -37,36 +39,32 @@ def run(report: Callable[[str], None]) -> Finding:
     task = MajorityColour(fanout=(4, 3))
     asked_full: dict[str, list[float]] = {_name(hops): [] for hops in WINDOWS}
     asked_so: dict[str, list[float]] = {_name(hops): [] for hops in WINDOWS}
+    both_ways: dict[str, list[float]] = {_name(hops): [] for hops in WINDOWS if hops != "full"}
     losses: dict[str, list[tuple[float, float]]] = {}
     broken: dict[str, list[float]] = {kind: [] for kind in ("intact", *get_args(Perturbation))}
     looks: dict[str, list[dict[str, Tensor]]] = {"before": [], "after": []}
     for seed in range(SEEDS):
         for hops in WINDOWS:
-            model = _model(task, seed)
+            name, model = _name(hops), _model(task, seed)
             if hops == "full":
                 looks["before"].append(_look(model, task))
-            schedule = window_schedule(hops)
-            task.told = lambda trees, schedule=schedule: schedule.look_at(trees, task.length)
-            with schedule.on(model):
-                history = fit(model, task, steps=STEPS, batch_size=BATCH, lr=RATE, seed=seed, every=CURVE)
-                asked_full[_name(hops)].append(_accuracy(model, task))
-            asked_so[_name(hops)].append(asked_full[_name(hops)][-1])
-            if hops != "full":
-                same = window_schedule(hops, infer=hops)
-                task.told = lambda trees, same=same: same.look_at(trees, task.length)
-                with same.on(model):
-                    asked_so[_name(hops)][-1] = _accuracy(model, task)
-            task.told = None
-            curve = zip(history.steps, history.loss, strict=True)
+            history = _train(model, task, hops, seed)
+            asked_full[name].append(_accuracy(model, task))
+            asked_so[name].append(_accuracy(model, task, hops))
             if seed == 0:
-                losses[_name(hops)] = [(float(step), loss) for step, loss in curve]
+                losses[name] = [(float(at), loss) for at, loss in zip(history.steps, history.loss, strict=True)]
             if hops == "full":
                 looks["after"].append(_look(model, task))
                 for kind, found in _broken(model, task, seed).items():
                     broken[kind].append(found)
+            else:
+                other = _model(task, seed)
+                _train(other, task, hops, seed, bidirectional=True)
+                both_ways[name].append(_accuracy(other, task))
             report(
-                f"seed {seed}, window {hops}: accuracy {asked_full[_name(hops)][-1]:.4f} under the full mask, "
-                f"{asked_so[_name(hops)][-1]:.4f} under its own"
+                f"seed {seed}, window {hops}: accuracy {asked_full[name][-1]:.4f} under the full mask, "
+                f"{asked_so[name][-1]:.4f} under its own"
+                + (f"; trained both ways {both_ways[name][-1]:.4f}" if name in both_ways else "")
             )
     full = {name: statistics.mean(each) for name, each in asked_full.items()}
     between = max(full[_name(2)], full[_name(3)])
@@ -80,29 +78,38 @@ def run(report: Callable[[str], None]) -> Finding:
     }
     measured: dict[str, Any] = {
         "accuracy_under_the_full_mask": {name: round(value, 4) for name, value in full.items()},
+        "accuracy_less_that_of_full_mean_and_standard_error": {
+            name: _paired(each, asked_full["full"]) for name, each in asked_full.items() if name != "full"
+        },
         "accuracy_under_the_full_mask_each_seed": _rounded(asked_full),
         "accuracy_under_the_window_of_training_each_seed": _rounded(asked_so),
+        "accuracy_under_the_full_mask_trained_both_ways_each_seed": _rounded(both_ways),
         "accuracy_of_full_with_broken_links_each_seed": _rounded(broken),
         **_seen(looks),
         **parts,
     }
-    return Finding(measured, all(parts.values()), NOTE, _plots(full, losses, looks))
+    return Finding(measured, all(parts.values()), NOTE, _plots(full, both_ways, losses, looks))
 
 
 NOTE = (
-    f"Models of two layers, 64 wide, trained from scratch for {STEPS} steps of {BATCH} prompts, {SEEDS} seeds; "
-    "prompts hold trees of up to 4 neighbours with up to 3 children of each, in a random graph of 120 nodes. The "
-    "answer is the colour of most nodes two hops away, which is learned with each node's embedding; centres of "
-    "test prompts are held out. Windows are bidirectional and differ in nothing but the mask in training; full is "
-    "the ordinary causal mask. Holds if 2 or 3 hops do at least as well as full under the full mask, 1 hop does "
-    "worst, and full loses at most 2 points when children of two neighbours are swapped or exchanged. That last "
-    "part is weaker here than in the paper: these two leave the nodes two hops away the same, so that the answer "
-    "itself does not change; shuffle and unrelated do change which nodes are two hops away, and their figures are "
-    "shown without a rule. Text tokens, the answer's among them, see all nodes in every window, so that this task "
-    "can be solved without any attention between nodes; a task that needs the links, and a pretrained model that "
-    "is fine-tuned as in the paper (Llama-2-7B on text graphs), would test the claim harder. Settings after two "
-    "trials: with 4 links a node the centre alone gave the answer away; with 16, and 4 children, 500 steps of one "
-    "seed gave 0.926 with full and 0.891 with 2 hops. Children and steps were then made fewer to save time."
+    f"Models of two layers, 64 wide, trained from scratch for {STEPS} steps of {BATCH} prompts, {SEEDS} seeds; prompts"
+    " hold trees of up to 4 neighbours with up to 3 children of each, in a random graph of 120 nodes. The answer is "
+    "the colour of most nodes two hops away, which is learned with each node's embedding; centres of test prompts are"
+    " held out. Windows differ in nothing but the mask in training and lie within the ordinary causal mask, which is "
+    "full, so that width alone changes when the full mask is asked. Holds if 2 or 3 hops do at least as well as full "
+    "under the full mask, 1 hop does worst, and full loses at most 2 points when children of two neighbours are "
+    "swapped or exchanged. The order is of means: from seed to seed windows differ as much as from one another, so "
+    "that 2 and 3 hops match full rather than beat it, and 1 hop loses in some seeds only. The last part is weaker "
+    "here than in the paper: these two leave the nodes two hops away the same, so that the answer itself does not "
+    "change; shuffle and unrelated do change which nodes are two hops away, and their figures are shown without a "
+    "rule. A first trial had windows in which nodes saw later ones, and was asked under the causal mask, so that "
+    "direction changed with width; there full did best, and such windows are trained here too. Where nodes saw both "
+    "ways when asked as well, full did best again. Text tokens, the answer's among them, see all nodes in every "
+    "window, so that this task can be solved without any attention between nodes, and differences are small; a task "
+    "that needs the links, and a pretrained model that is fine-tuned as in the paper (Llama-2-7B on text graphs), "
+    "would test the claim harder. Settings after two trials: with 4 links a node the centre alone gave the answer "
+    "away; with 16, and 4 children, 500 steps of one seed gave 0.926 with full and 0.891 with 2 hops. Children and "
+    "steps were then made fewer to save time."
 )
 
 
@@ -115,8 +122,26 @@ def _model(task: MajorityColour, seed: int) -> SequenceModel:
     return SequenceModel(2, vocab_size=task.vocab_size, embed_dim=64, depth=2, num_heads=4)
 
 
-def _accuracy(model: SequenceModel, task: MajorityColour) -> float:
-    return evaluate(model, task, batches=12, batch_size=64)[1]
+def _train(model: SequenceModel, task: MajorityColour, hops: Hops, seed: int, bidirectional: bool = False) -> History:
+    schedule = window_schedule(hops, bidirectional=bidirectional)
+    with _told(task, schedule), schedule.on(model):
+        return fit(model, task, steps=STEPS, batch_size=BATCH, lr=RATE, seed=seed, every=CURVE)
+
+
+def _accuracy(model: SequenceModel, task: MajorityColour, hops: Hops = "full") -> float:
+    schedule = window_schedule("full", infer=hops, bidirectional=False)
+    with _told(task, schedule), schedule.on(model):
+        return evaluate(model, task, batches=12, batch_size=64)[1]
+
+
+@contextmanager
+def _told(task: MajorityColour, schedule: WindowSchedule) -> Iterator[None]:
+    """The schedule hears of each batch's trees."""
+    task.told = lambda trees: schedule.look_at(trees, task.length)
+    try:
+        yield
+    finally:
+        task.told = None
 
 
 def _broken(model: SequenceModel, task: MajorityColour, seed: int) -> dict[str, float]:
@@ -198,12 +223,21 @@ def _three(values: Tensor) -> list[float]:
     return [round(value, 3) for value in values.tolist()]
 
 
+def _paired(values: list[float], others: list[float]) -> list[float]:
+    """Mean difference seed by seed, and its standard error."""
+    apart = [a - b for a, b in zip(values, others, strict=True)]
+    return [round(statistics.mean(apart), 4), round(statistics.stdev(apart) / len(apart) ** 0.5, 4)]
+
+
 def _rounded(values: dict[str, list[float]]) -> dict[str, list[float]]:
     return {name: [round(value, 4) for value in each] for name, each in values.items()}
 
 
 def _plots(
-    full: dict[str, float], losses: dict[str, list[tuple[float, float]]], looks: dict[str, list[dict[str, Tensor]]]
+    full: dict[str, float],
+    both_ways: dict[str, list[float]],
+    losses: dict[str, list[tuple[float, float]]],
+    looks: dict[str, list[dict[str, Tensor]]],
 ) -> list[Plot]:
     names = {name: float(at) for at, name in enumerate(full)}
     profiles = {when: torch.stack([look["hops"] for look in found]).mean(0) for when, found in looks.items()}
@@ -212,7 +246,10 @@ def _plots(
             "Held-out accuracy under the full mask",
             "window in training",
             "accuracy",
-            {"mean of the seeds": [(names[name], value) for name, value in full.items()]},
+            {
+                "trained within the causal mask": [(names[name], value) for name, value in full.items()],
+                "trained both ways": [(names[name], statistics.mean(each)) for name, each in both_ways.items()],
+            },
             kind="bar",
             references={"guessing": 0.5},
             ticks=names,

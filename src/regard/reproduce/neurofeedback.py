@@ -25,25 +25,27 @@ from regard.inspect.neurofeedback import (
 from regard.models.sequence import SequenceModel
 from regard.reproduce.finding import Finding, Plot
 
+SEEDS = range(3)
 STEPS, LAYER, CORPUS, PROMPTS = 400, 2, 2048, 192
 # The first of the corpus judge the regression, and stand in no prompt.
 HELD = 256
 SHOTS = (0, 2, 4, 8, 16, 32)
 COMPONENTS = (1, 2, 3, 4, 8, 16, 32, 64)
 LAST = 3
+TOLD = ("accuracy", "cross_entropy_nats", "ideal_accuracy_from_2_shots")
 
 
 class Subject:
     """The trained model, a corpus of sentences read one by one, and their states at layer 2."""
 
-    def __init__(self, report: Callable[[str], None]) -> None:
-        torch.manual_seed(0)
+    def __init__(self, seed: int, report: Callable[[str], None]) -> None:
+        torch.manual_seed(seed)
         self.task = HyperplaneLabels()
         self.model = SequenceModel(2, input_dim=self.task.input_dim, embed_dim=96, depth=4, num_heads=4)
-        fit(self.model, self.task, steps=STEPS, batch_size=32, lr=1e-3, report=report)
+        fit(self.model, self.task, steps=STEPS, batch_size=32, lr=1e-3, seed=seed, report=report)
         self.accuracy = evaluate(self.model, self.task)[1]
         self.model.eval()
-        self.generator = torch.Generator().manual_seed(1)
+        self.generator = torch.Generator().manual_seed(100 + seed)
         self.corpus = self.task.embeddings(CORPUS, generator=self.generator)
         alone = self.task.prompt(self.corpus[:, None], torch.zeros(CORPUS, 1))[:, :1]
         self.states = span_states(self.model, alone, torch.tensor([[0, 1]]).expand(CORPUS, 1, 2), LAYER)[:, 0]
@@ -72,7 +74,7 @@ class Subject:
         return {
             "accuracy": [round(float(right[n]), 3) for n in SHOTS],
             "cross_entropy_nats": [round(float(loss[n]), 3) for n in SHOTS],
-            "ideal_accuracy_from_2_shots": [round(value, 3) for value in ideal],
+            "ideal_accuracy_from_2_shots": ideal,
         }
 
     def controlled(self, axes: ActivationAxes, labels: Tensor) -> Tensor:
@@ -96,60 +98,77 @@ class Subject:
         return torch.stack(scores)
 
 
-def run(report: Callable[[str], None]) -> Finding:
-    """Train, freeze, take axes of layer 2, and let the model tell its own labels."""
-    subject = Subject(report)
-    components = int((torch.linalg.svdvals(subject.states.double() - subject.states.double().mean(0)) > 0).sum())
+def examined(subject: Subject, report: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """By axis: what is told, how the axis moves when asked to, its share of the variance, and what else moves."""
+    centred = subject.states.double() - subject.states.double().mean(0)
+    components = int((torch.linalg.svdvals(centred) > 0).sum())
     last = tuple(range(components - LAST + 1, components + 1))
     axes = activation_axes(subject.states, ks=COMPONENTS + last)
     semantic = Binarizer(0.0)(subject.corpus[:, 0])
-    normal = activation_axes(subject.states, "lr", labels=semantic)
-    measured: dict[str, Any] = {
-        "trained_task_accuracy": round(subject.accuracy, 3),
-        "shots": list(SHOTS),
-        "variance_share": {
-            name: float(f"{share:.2g}")
-            for name, share in zip(axes.names, axes.variance_share(subject.states).tolist(), strict=True)
-        },
-    }
-    effects: dict[str, float] = {}
-    off_target: dict[str, float] = {}
-    on_target: list[ControlEffect] = []
-    for group in (normal, axes):
-        scores = axis_score(subject.states, group)
+    found = {}
+    for group in (activation_axes(subject.states, "lr", labels=semantic), axes):
+        scores, share = axis_score(subject.states, group), group.variance_share(subject.states)
         for at, name in enumerate(group.names):
             labels = Binarizer().fit(scores[:, at])(scores[:, at])
-            measured[f"told_{name}"] = found = subject.told(labels)
             zeros, ones = subject.controlled(group, labels)
             effect = control_effect(ones, zeros)
-            effects[name] = round(float(effect.d[at]), 3)
             others = [float(d) for place, d in enumerate(effect.d.abs()) if place != at]
-            if others:
-                off_target[name] = round(sum(others) / len(others), 3)
-            on_target.append(ControlEffect(effect.d[at], effect.low[at], effect.high[at]))
-            report(f"{name}: told {found['accuracy']}, d {effects[name]}")
-    measured["implicit_control_d"] = effects
-    measured["implicit_control_mean_size_of_d_on_other_components"] = off_target
-    measured["axes_controlled"] = sum(map(metacognitive_dimension, on_target))
-    early = [measured[f"told_PC{k}"]["accuracy"] for k in COMPONENTS[:4]]
-    late = [measured[f"told_PC{k}"]["accuracy"] for k in last]
-    holds = all(told[-1] > 0.75 for told in early) and all(told[-1] < 0.6 for told in late)
-    note = (
-        f"4 layers, width 96, {STEPS} steps of 32 prompts of 33 random vectors with labels by a random plane, then "
-        f"frozen. Components of {CORPUS} sentences' states where they enter layer 2 (layers from 0), labels by median "
-        f"split, {PROMPTS} prompts shown as they are and flipped. Holds if PC1 to PC4 are told at above 0.75 after 32 "
-        f"shots, the last {LAST} components at below 0.6: bounds set before any trial. Without examples accuracy is "
-        "0.5 by construction, since each prompt's labels are shown both ways. In a first "
-        "trial sentences were two tokens of a vocabulary of 32, whose vectors were to be learnt: its loss stayed at "
-        "chance for 800 steps, so that sentences are vectors here. A second showed that they are learnt; its 700 steps "
-        "were cut to 400 for time. Reporting is what the model was trained for, on planes of its inputs: that it tells "
-        "labels of its own axes says that these are nearly planes of what it reads. Control is shown as a measurement "
-        "alone: an instruction means nothing to this model, which takes it for one more example."
-    )
-    return Finding(measured, holds, note, plots(measured, axes.names))
+            found[name] = {
+                **subject.told(labels),
+                "variance_share": float(share[at]),
+                "d": float(effect.d[at]),
+                "d_of_others": sum(others) / max(len(others), 1),
+                "controlled": metacognitive_dimension(ControlEffect(effect.d[at], effect.low[at], effect.high[at])),
+            }
+            report(f"{name}: told {found[name]['accuracy']}, d {found[name]['d']:.3f}")
+    return found
 
 
-def plots(measured: dict[str, Any], names: tuple[str, ...]) -> list[Plot]:
+def run(report: Callable[[str], None]) -> Finding:
+    """Train, freeze, take axes of layer 2, and let the models tell their own labels."""
+    subjects = [Subject(seed, report) for seed in SEEDS]
+    found = [examined(subject, report) for subject in subjects]
+    names = [name for name in found[0] if all(name in each for each in found)]
+
+    def mean(name: str, what: str) -> Any:
+        values = torch.tensor([each[name][what] for each in found], dtype=torch.float64)
+        return values.mean(0).tolist()
+
+    measured: dict[str, Any] = {
+        "trained_task_accuracy": [round(subject.accuracy, 3) for subject in subjects],
+        "shots": list(SHOTS),
+        "variance_share": {name: float(f"{mean(name, 'variance_share'):.2g}") for name in names},
+    }
+    for name in names:
+        told = {what: [round(value, 3) for value in mean(name, what)] for what in TOLD}
+        told["accuracy_after_32_shots_each_seed"] = [each[name]["accuracy"][-1] for each in found]
+        measured[f"told_{name}"] = told
+    measured["implicit_control_d"] = {name: round(mean(name, "d"), 3) for name in names}
+    measured["implicit_control_mean_size_of_d_on_other_components"] = {
+        name: round(mean(name, "d_of_others"), 3) for name in names[1:]
+    }
+    measured["axes_controlled_of_all_seeds"] = sum(axis["controlled"] for each in found for axis in each.values())
+    early = [measured[f"told_PC{k}"]["accuracy"][-1] for k in COMPONENTS[:4]]
+    late = [measured[f"told_{name}"]["accuracy"][-1] for name in names[-LAST:]]
+    holds = min(early) > 0.75 and max(late) < 0.6
+    return Finding(measured, holds, NOTE, plots(measured, names))
+
+
+NOTE = (
+    f"{len(SEEDS)} models of 4 layers, width 96, {STEPS} steps of 32 prompts of 33 random vectors with labels by a "
+    f"random plane, then frozen. Components of {CORPUS} sentences' states where they enter layer 2 (layers from 0), "
+    f"labels by median split, {PROMPTS} prompts shown as they are and flipped; figures are means of the models. Holds "
+    f"if PC1 to PC4 are told at above 0.75 after 32 shots, the last {LAST} components at below 0.6: bounds set before "
+    "any trial. Without examples accuracy is 0.5 by construction, since each prompt's labels are shown both ways. In "
+    "a first trial sentences were two tokens of a vocabulary of 32, whose vectors were to be learnt: its loss stayed "
+    "at chance for 800 steps, so that sentences are vectors here. A second showed that they are learnt; its 700 "
+    "steps were cut to 400 for time. Reporting is what the models were trained for, on planes of their inputs: that "
+    "they tell labels of their own axes says that these are nearly planes of what they read. Control is shown as a "
+    "measurement alone: an instruction means nothing to these models, which take it for one more example."
+)
+
+
+def plots(measured: dict[str, Any], names: list[str]) -> list[Plot]:
     """Accuracy by shots, and by component."""
     by_shots = {name: measured[f"told_{name}"]["accuracy"] for name in ("LR", "PC1", "PC4", names[-1])}
     at_end = [(float(place), measured[f"told_{name}"]) for place, name in enumerate(names)]

@@ -62,7 +62,8 @@ def run(report: Callable[[str], None]) -> Finding:
     report(f"sensitivity at T = 0.1 over T = 1, same weights: {steps[0.1] / steps[1.0]:.3f}")
     measured["largest_jacobian_norm_times_temperature_fixed_logits"] = round(max(t * n for t, n in fixed), 3)
     softmax, scalable = measured["needle_slope_softmax"], kept["scalable_softmax"]
-    saturated = apart[:, TOP_N.index(32) : TOP_N.index(64) + 1]
+    saturated = apart[:, TOP_N.index(8) :]
+    saturated = saturated[~saturated.isnan()]
     parts = {
         "holds_needle_vanishes": abs(softmax + 1) <= 0.1 and all(scalable[n] > 0.95 for n in LENGTHS if n >= 512),
         "holds_distance_falls_to_uniform_with_n": not bool((ratio.diff(dim=-1) >= 0).any()),
@@ -74,15 +75,19 @@ def run(report: Callable[[str], None]) -> Finding:
 
 
 NOTE = (
-    "Needle: 32 drawings a length; the slope is over lengths 128 to 32768, where softmax is not yet wholly flat. nano "
+    "Needle: 32 drawings a length; the slope is over lengths 128 to 32768, where softmax is not yet wholly flat. nano"
+    " "
     "(6 layers of 6 heads) reads 4 windows of held-out source; the last position's attention is judged, means over "
-    "heads. Holds if the needle's weight falls with a slope of -1 within 0.1 and scalable softmax keeps 0.95 from 512 "
-    "logits on, if the distance over that of uniform weights falls with every N, if at N = 32 and 64 between 70 and 85 "
+    "heads. Holds if the needle's weight falls with a slope of -1 within 0.1 and scalable softmax keeps 0.95 from 512"
+    " logits on, if the distance over that of uniform weights falls with every N, if from N = 8 on between 70 and 85 "
     "percent of the selected stand apart at every length, and if steps of the logits of the same weights move them "
-    "ten times as far at T = 0.1 as at T = 1. What counts as a token decides the third: the hidden states that enter "
-    "a layer, as the paper speaks of embeddings, or a head's values, which stand apart less. Both are given; values "
-    "were looked at first. That sensitivity grows as 1/T is so for the same weights; with fixed logits it peaks and "
-    "then vanishes, since the weights settle on one token. Entmax and sparsemax keep the needle whole here."
+    "ten times as far at T = 0.1 as at T = 1. The second is nearly arithmetic: few weights carry D(N) of any that are"
+    " not uniform, and that of uniform ones grows as N + 1. What counts as a token decides the third: the hidden "
+    "states that enter a layer, as the paper speaks of embeddings, or a head's values, which stand apart less. Both "
+    "are given; values were looked at first. That sensitivity grows as 1/T is so for the same weights, by definition;"
+    " with fixed logits it peaks and then vanishes, since the weights settle on one token. Scalable softmax keeps "
+    "this needle because its gap of 3 times its scale of 0.43 is above 1 (T = 1); a smaller gap it would lose too. "
+    "Entmax and sparsemax keep the needle whole here."
 )
 
 

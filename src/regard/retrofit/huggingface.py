@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from regard.errors import MissingExtraError, RetrofitError, UnsupportedMaskError
 from regard.retrofit.reading import Reading, read_mask
 from regard.retrofit.sites import Site, interface_method
-from regard.retrofit.switch import Call, Patches, switches
+from regard.retrofit.switch import Call, Patches, Replacement, respond, softmax_attention, switches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -162,7 +162,6 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls: tensors ``(batch, heads, length, head_dim)`` in, ``(batch, length, heads, head_dim)``
     and weights or None out."""
-    own = partial(own_attention, module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     switch = switches.get(id(module))
     if switch is None:
         if any(id(module) in members for members in _members.values()) or getattr(module, "_is_replica", False):
@@ -170,7 +169,7 @@ def _attention(
                 f"{type(module).__name__} called for attention but was not found as an attention layer when the model "
                 "was retrofitted. Were modules added or replicated since (nn.DataParallel)? Retrofit after that."
             )
-        return own()
+        return own_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     position_bias = kwargs.get("position_bias")
     decoding, switch.pending = switch.pending, None
     keys = key.shape[2] + (0 if decoding is None else decoding.seen)
@@ -184,7 +183,17 @@ def _attention(
         _refuse_meaningful(switch.site, attention_mask, kwargs)
     wanted = bool(kwargs.get("output_attentions")) or any(_weights_wanted)
     wanted = wanted or bool(getattr(getattr(module, "config", None), "output_attentions", False))
-    return switch.run(Call(query, key, value, read, scaling, dropout, decoding=decoding), own, wanted)
+    asked = Call(query, key, value, read, scaling, dropout, decoding=decoding)
+
+    def own(call: Call) -> tuple[Tensor, Tensor | None]:
+        if call.read is asked.read and call.key.shape[2] == key.shape[2]:
+            seen = (call.query, call.key, call.value, attention_mask)
+            return own_attention(module, *seen, dropout=dropout, scaling=call.scale, **kwargs)
+        # The model's own would not know another mask.
+        _refuse_meaningful(switch.site, attention_mask, kwargs)
+        return respond(switch.site, Replacement(softmax_attention()), call, wanted)
+
+    return switch.run(asked, own, wanted)
 
 
 def _refuse_meaningful(site: Site, mask: Any, kwargs: dict[str, Any]) -> None:

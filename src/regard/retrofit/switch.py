@@ -36,9 +36,11 @@ __all__ = [
     "Replacement",
     "Switch",
     "Weights",
+    "evaluating",
     "implied_weights",
     "name_of",
     "respond",
+    "softmax_attention",
     "switches",
 ]
 
@@ -106,8 +108,7 @@ class Editor(Protocol):
     """Somebody who changes what a layer takes or gives (:mod:`regard.inspect.intervene`)."""
 
     def before(self, site: Site, call: Call) -> Call:
-        """The call that is answered. One that is not the very same is answered by softmax attention, unless a
-        mechanism is in the layer's place."""
+        """The call that is answered."""
 
     def after(self, site: Site, call: Call, output: Tensor, weights: Weights) -> tuple[Tensor, Weights]:
         """The output ``(batch, q_len, num_heads, value_dim)`` that the model goes on with, and its weights."""
@@ -196,24 +197,21 @@ class Switch:
     def run(
         self,
         call: Call,
-        own: Callable[[], tuple[Tensor, Tensor | None]],
+        own: Callable[[Call], tuple[Tensor, Tensor | None]],
         want_weights: bool = False,
-        own_weights: Callable[[], Tensor | None] | None = None,
+        own_weights: Callable[[Call], Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Answer a call. Returns ``(batch, q_len, num_heads, value_dim)`` and, where wanted or given by the model's
         own, the weights ``(batch, num_heads, q_len, k_len)``.
 
-        own: the model's own attention. own_weights: what an observer is told if that gives no weights (by default those
-        of softmax attention).
+        own: the model's own attention; it refuses a changed call that it cannot answer. own_weights: what an observer
+        is told if that gives no weights (by default those of softmax attention).
         """
-        asked = call
         for editor in self.editors:
             call = editor.before(self.site, call)
         chosen = self.replacement
-        if chosen is None and call is not asked:
-            chosen = Replacement(_full())
         if chosen is None:
-            output, weights = own()
+            output, weights = own(call)
         else:
             output, weights = respond(self.site, chosen, call, want_weights)
 
@@ -223,7 +221,7 @@ class Switch:
                 if chosen is None and own_weights is None:
                     return call.softmax_weights(rows)
                 if chosen is None and own_weights is not None:
-                    found = own_weights()
+                    found = own_weights(call)
                 # The keys of a state are out of reach.
                 elif chosen is not None and call.decoding is None:
                     found = implied_weights(self.site, chosen.answering(call), call)
@@ -239,7 +237,7 @@ class Switch:
         return output, weights
 
 
-def _full() -> Mechanism:
+def softmax_attention() -> Mechanism:
     """Softmax attention over all that a call may see."""
     found = build("full", {})
     assert isinstance(found, Mechanism)
@@ -349,15 +347,15 @@ def _advice(error: Exception, call: Call) -> str:
 
 
 @contextmanager
-def _evaluating(mechanism: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, so that looking changes no running statistics; flags come back one by one."""
-    flags = {module: module.training for module in mechanism.modules()}
+    flags = {part: part.training for part in module.modules()}
     try:
-        mechanism.eval()
+        module.eval()
         yield
     finally:
-        for module, flag in flags.items():
-            module.training = flag
+        for part, flag in flags.items():
+            part.training = flag
 
 
 def implied_weights(site: Site, mechanism: Mechanism, call: Call) -> Tensor | None:
@@ -366,7 +364,7 @@ def implied_weights(site: Site, mechanism: Mechanism, call: Call) -> Tensor | No
 
 
 def _implied(site: Site, mechanism: Mechanism, call: Call) -> Tensor:
-    with _evaluating(mechanism):
+    with evaluating(mechanism):
         return call.padded(_run(site, mechanism, call, mechanism.weights))
 
 

@@ -83,12 +83,14 @@ def _mechanism_forward(
     reading = Reading(causal, rule, bias, key.shape[2])
     space = None if grid is None else tuple(grid)
 
-    def own() -> tuple[Tensor, Tensor | None]:
-        arguments: dict[str, Any] = {"causal": causal, "mask": mask, "grid": grid, "scale": scale}
-        return own_forward(query, key, value, **arguments).transpose(1, 2), None
+    def own(call: Call) -> tuple[Tensor, Tensor | None]:
+        seen = call.reading
+        told: dict[str, Any] = {"causal": seen.causal, "mask": seen.argument(call.query.shape[2], call.query.dtype)}
+        out = own_forward(call.query, call.key, call.value, **told, grid=call.grid, scale=call.scale)
+        return out.transpose(1, 2), None
 
     call = Call(query, key, value, lambda: reading, scale, 0.0, space)
-    output, _ = switch.run(call, own, own_weights=partial(implied_weights, switch.site, module, call))
+    output, _ = switch.run(call, own, own_weights=partial(implied_weights, switch.site, module))
     return output.transpose(1, 2)
 
 
@@ -153,7 +155,7 @@ def _multihead_forward(
         return read_mask(mask, q.shape[2], k.shape[2], is_causal and mask is None)
 
     call = Call(q, k, v, read, dropout=module.dropout if module.training else 0.0)
-    own = partial(respond, switch.site, Replacement(_FULL), call, need_weights)
+    own = partial(respond, switch.site, Replacement(_FULL), want_weights=need_weights)
     if need_weights and switch.replacement is not None and not switch.replacement.mechanism.value_linear:
         raise RetrofitError(
             f"{switch.site.path}: {name_of(switch.replacement.mechanism)} implies no attention weights; call "

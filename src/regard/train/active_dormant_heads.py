@@ -48,11 +48,13 @@ def backcopy_optimizer(
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
     """AdamW (rate 3e-4 by default) or gradient descent with momentum (0.03), as in the paper's runs."""
+    rates = {"adam": 3e-4, "sgd": 0.03}
+    if kind not in rates:
+        raise OptionError(f"kind is 'adam' or 'sgd', got {kind!r}.")
+    rate = rates[kind] if lr is None else lr
     if kind == "adam":
-        return torch.optim.AdamW(model.parameters(), lr=lr or 3e-4, betas=(0.9, 0.99), weight_decay=weight_decay)
-    if kind == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=lr or 0.03, momentum=momentum, weight_decay=weight_decay)
-    raise OptionError(f"kind is 'adam' or 'sgd', got {kind!r}.")
+        return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=weight_decay)
 
 
 def train_backcopy(

@@ -4,7 +4,8 @@
 arXiv 2510.13554, equations 5, 6 and 12; the weights ``gamma`` are those of :mod:`regard.inspect.preplan_anchor`.
 
 ``J = mean of min(r_t A_t, clip(r_t, 1 - c, 1 + c) A_t)`` with ``r_t`` the ratio of a token's probability now to when it
-was drawn and ``A_t = gamma_t A`` where ``A >= 0``, else ``A``. All is of tokens, ``(batch, length)``.
+was drawn and ``A_t = gamma_t A`` where ``A >= 0``, else ``A``; the paper's second version weighs both signs. All is of
+tokens, ``(batch, length)``.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ __all__ = ["group_advantage", "grpo_loss", "reweight_advantage"]
 def group_advantage(reward: Tensor, eps: float = 1e-6) -> Tensor:
     """GRPO's advantage of rewards ``(..., group)``: less the mean of the group, over its standard deviation (equation
     6; plus ``eps``, so that a group of equal rewards has none)."""
+    reward = reward if reward.is_floating_point() else reward.float()
     spread = reward.std(-1, correction=0, keepdim=True)
     return (reward - reward.mean(-1, keepdim=True)) / (spread + eps)
 
 
-def reweight_advantage(advantage: Tensor, gamma: Tensor) -> Tensor:
+def reweight_advantage(advantage: Tensor, gamma: Tensor, *, both_signs: bool = False) -> Tensor:
     """``gamma A`` where ``A >= 0`` and ``A`` elsewhere, ``(batch, length)``. advantage: ``(batch,)``, one of each
-    response, or ``(batch, length)``. No gradient flows into gamma."""
+    response, or ``(batch, length)``. both_signs: ``gamma A`` everywhere. No gradient flows into gamma."""
     per_token = _per_token(advantage, gamma)
-    return torch.where(per_token >= 0, per_token * gamma.detach(), per_token)
+    weighed = per_token * gamma.detach()
+    return weighed if both_signs else torch.where(per_token >= 0, weighed, per_token)
 
 
 def grpo_loss(
