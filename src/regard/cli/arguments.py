@@ -13,6 +13,18 @@ from regard.errors import OptionError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = [
+    "leave_stopped",
+    "picture_file",
+    "read_causal_axes",
+    "read_numbers",
+    "read_options",
+    "read_position",
+    "read_setting",
+    "save_figure",
+    "written_flag",
+]
+
 
 def leave_stopped() -> NoReturn:
     """After Ctrl-C, with what was done shown and kept."""

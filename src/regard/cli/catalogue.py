@@ -17,6 +17,8 @@ from regard.errors import OptionError
 if TYPE_CHECKING:
     from regard.catalogue import Entry
 
+__all__ = ["draw_command", "list_command", "markdown_table", "reproduce_command", "show"]
+
 
 @main.command("list")
 @click.option("--kind", help="mechanism, layer, feature, ...")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from regard.bench.compare import Comparison
     from regard.bench.frontier import Frontier
 
+__all__ = ["compare_command", "comparison_table", "frontier_command", "frontier_table"]
+
 
 @main.command("compare")
 @click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")

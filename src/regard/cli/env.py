@@ -8,6 +8,8 @@ import click
 
 from regard.cli.group import console, main
 
+__all__ = ["env"]
+
 
 @main.command()
 @click.option(

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from regard.errors import RegardError
 
+__all__ = ["console", "main"]
+
 console = Console()
 
 

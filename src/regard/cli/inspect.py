@@ -10,6 +10,8 @@ from regard.cli.arguments import read_setting
 from regard.cli.group import console, main
 from regard.errors import OptionError
 
+__all__ = ["inspect_command"]
+
 
 @main.command("inspect")
 @click.option("--model", default="nano", show_default=True, help="nano, a folder, or a hub id.")

@@ -13,6 +13,8 @@ from regard.cli.arguments import save_figure, written_flag
 from regard.cli.group import console, main
 from regard.errors import MissingExtraError, OptionError
 
+__all__ = ["plan_command"]
+
 
 @main.command("plan")
 @click.option("--length", help="Tokens of the sequence: 65536, 128k (131072) or 1M.")

@@ -11,6 +11,8 @@ from regard.cli.arguments import picture_file, read_causal_axes, read_position, 
 from regard.cli.group import console, main
 from regard.errors import OptionError
 
+__all__ = ["simulate_command"]
+
 
 @main.command("simulate")
 @click.option("--grid", metavar="NxM", help="Tokens per axis: 4096, 64x64 or 30x48x80.")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from regard.bench.study import Outcome, Study, StudyResult
 
+__all__ = ["language_command", "study_table", "train_command"]
+
 
 @main.command("train")
 @click.option("--task", required=True, help="Comma-separated tasks, or all; a wrong name shows them.")
