@@ -121,7 +121,7 @@ def text_needle_task(
     tokenizer: of transformers. context_len: tokens of the prompt. needles: taken in turn; by default random words, in
     turn as the signature of a function and as a sentence (every length and depth before the next form).
     """
-    straw = list(tokenizer(haystack, add_special_tokens=False)["input_ids"])
+    straw = list(tokenizer(haystack, add_special_tokens=False, verbose=False)["input_ids"])
     if not straw:
         raise OptionError("The haystack has no tokens; give some text.")
     places = _grid(context_len, depth)
