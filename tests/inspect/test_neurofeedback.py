@@ -14,7 +14,6 @@ from regard.bench.feedback_tasks import HyperplaneLabels
 from regard.errors import OptionError, ShapeError
 from regard.inspect.logistic import fit_logistic
 from regard.inspect.neurofeedback import (
-    SCORE_FIELD,
     Binarizer,
     ControlEffect,
     EvenLikert,
@@ -23,12 +22,15 @@ from regard.inspect.neurofeedback import (
     control_effect,
     ideal_observer,
     metacognitive_dimension,
-    neurofeedback_prompt,
     report_accuracy,
+    span_states,
+)
+from regard.inspect.neurofeedback_prompts import (
+    SCORE_FIELD,
+    neurofeedback_prompt,
     sample_span,
     score_fields,
     span_prompt,
-    span_states,
 )
 from regard.models.sequence import SequenceModel
 

@@ -9,20 +9,8 @@ from torch import Tensor
 import regard
 from regard.bench.plan_tasks import PlanStrings
 from regard.errors import OptionError, ShapeError
-from regard.inspect.preplan_anchor import (
-    anchor_tokens,
-    attention_rhythm,
-    fai,
-    head_distance,
-    mean_map,
-    middle_layers,
-    preplan_tokens,
-    rhythm_coupling,
-    rhythm_lift,
-    split_heads,
-    token_credit,
-    waad,
-)
+from regard.inspect.preplan_anchor import anchor_tokens, preplan_tokens, rhythm_coupling, rhythm_lift, token_credit
+from regard.inspect.rhythm import attention_rhythm, fai, head_distance, mean_map, middle_layers, split_heads, waad
 from regard.models.sequence import SequenceModel
 
 LENGTH = 24

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from regard.bench.plan_tasks import PlanStrings
 from regard.bench.subjects import load_subject, read_text, token_windows
 from regard.bench.training import evaluate, fit
-from regard.inspect.preplan_anchor import anchor_tokens, attention_rhythm, rhythm_lift, token_credit
+from regard.inspect.preplan_anchor import anchor_tokens, rhythm_lift, token_credit
+from regard.inspect.rhythm import attention_rhythm
 from regard.models.sequence import SequenceModel
 from regard.reproduce.finding import Finding, Plot
 from regard.train.preplan_anchor import group_advantage, grpo_loss, reweight_advantage
