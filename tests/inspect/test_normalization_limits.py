@@ -13,7 +13,6 @@ import regard
 from regard.errors import FileFormatError, OptionError, ShapeError, UnknownNameError
 from regard.inspect.normalization_limits import (
     KINDS,
-    attention_selection_report,
     critical_top_n,
     expected_selection_distance,
     finite_difference_sensitivity,
@@ -23,6 +22,7 @@ from regard.inspect.normalization_limits import (
     separability,
     weight_bounds,
 )
+from regard.inspect.selection_report import attention_selection_report
 from regard.models.sequence import SequenceModel
 from regard.reproduce.normalization_limits import needle, slope
 

@@ -27,20 +27,15 @@ All functions take any leading dimensions and cost ``O(L d)`` memory; no ``L x L
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.errors import OptionError, ShapeError, UnknownNameError
-from regard.inspect.capture import LayerTrace, capture
-from regard.inspect.loading import load_text_model
-from regard.kernels import expand_groups
 from regard.kernels.shapes import accumulation_dtype
-from regard.layers.attention_stats import row_entropy
 from regard.layers.normalizers import (
     NORMALIZERS,
     Normalizer,
@@ -50,18 +45,18 @@ from regard.layers.normalizers import (
     self_adjusted_softmax,
     sparsemax,
 )
-from regard.retrofit.sites import Selector
 
 __all__ = [
     "KINDS",
-    "SelectionReport",
-    "attention_selection_report",
     "critical_top_n",
     "expected_selection_distance",
     "finite_difference_sensitivity",
     "jacobian_norm",
+    "need_shares",
     "normalise",
     "selection_distance",
+    "selection_distances",
+    "selection_ratios",
     "separability",
     "weight_bounds",
 ]
@@ -141,10 +136,10 @@ def selection_distance(
     weighted: to ``alpha_j x_j`` of the others, otherwise to ``x_j``. reduce: their mean or their sum.
     """
     _need_top_n(top_n, alpha)
-    return _distances(x, alpha, weighted, reduce)[..., top_n - 1].to(x.dtype)
+    return selection_distances(x, alpha, weighted, reduce)[..., top_n - 1].to(x.dtype)
 
 
-def _distances(x: Tensor, alpha: Tensor, weighted: bool = True, reduce: str = "mean") -> Tensor:
+def selection_distances(x: Tensor, alpha: Tensor, weighted: bool = True, reduce: str = "mean") -> Tensor:
     """``D(1), ..., D(L - 1)``, ``(..., L - 1)`` in double precision: one sort, then running sums."""
     if reduce not in ("mean", "sum"):
         raise OptionError(f"reduce is 'mean' or 'sum'; got {reduce!r}.")
@@ -186,15 +181,15 @@ def critical_top_n(x: Tensor, alpha: Tensor, tol: float = 2.0) -> Tensor:
     if not tol > 0:
         raise OptionError(f"tol is a ratio of distances above 0; got {tol}.")
     _need_top_n(1, alpha)
-    lost = _ratios(x, alpha) < tol
+    lost = selection_ratios(x, alpha) < tol
     return torch.where(lost.any(-1), lost.to(torch.int8).argmax(-1) + 1, alpha.shape[-1])
 
 
-def _ratios(x: Tensor, alpha: Tensor) -> Tensor:
+def selection_ratios(x: Tensor, alpha: Tensor) -> Tensor:
     """``D(N)`` over that of uniform weights with the same tokens selected, ``(..., L - 1)``."""
     tokens, weights = _ordered(x, alpha)
-    flat = _distances(tokens, torch.full_like(weights, 1 / weights.shape[-1]))
-    return _distances(tokens, weights) / flat.clamp_min(torch.finfo(flat.dtype).tiny)
+    flat = selection_distances(tokens, torch.full_like(weights, 1 / weights.shape[-1]))
+    return selection_distances(tokens, weights) / flat.clamp_min(torch.finfo(flat.dtype).tiny)
 
 
 def _ordered(x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +215,7 @@ def jacobian_norm(
     if ord not in ("spectral", "fro", "max"):
         raise OptionError(f"ord is 'spectral', 'fro' or 'max'; got {ord!r}.")
     a = alpha.double()
-    _need_shares(a, "These weights")
+    need_shares(a, "These weights")
     if ord == "max":
         # Off the diagonal it is a_i a_j <= a_i (1 - a_i).
         norm = (a * (1 - a)).amax(-1)
@@ -279,134 +274,13 @@ def finite_difference_sensitivity(
     return change.norm(dim=-1).to(logits.dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class SelectionReport:
-    """How attention selects at the last position, by layer (``paths``), head, ``lengths`` and ``top_n``.
-
-    ``distance``, ``ratio`` (to uniform weights on the same tokens), ``separability``, ``mass`` (sum of the ``top_n``
-    largest weights): ``(layers, heads, lengths, top_n)``. ``max_weight``, ``entropy`` (nats), ``sensitivity`` (spectral
-    norm of the Jacobian): ``(layers, heads, lengths)``. Means over windows of text; NaN where a layer has fewer heads
-    than others or ``top_n`` leaves no token out.
-    """
-
-    paths: tuple[str, ...]
-    lengths: tuple[int, ...]
-    top_n: tuple[int, ...]
-    distance: Tensor
-    ratio: Tensor
-    separability: Tensor
-    mass: Tensor
-    max_weight: Tensor
-    entropy: Tensor
-    sensitivity: Tensor
-
-
-@torch.no_grad()
-def attention_selection_report(
-    model: nn.Module | str = "nano",
-    text: Tensor | str = "",
-    *,
-    tokenizer: Any = None,
-    lengths: Sequence[int] = (64, 128, 256, 512),
-    top_n: Sequence[int] = (1, 2, 4, 8, 16, 32),
-    vectors: Literal["values", "hidden_states"] = "hidden_states",
-    layers: Selector = None,
-) -> SelectionReport:
-    """Measure selection in every attention layer of a model, whatever :func:`regard.capture` works on.
-
-    model: called on token ids ``(windows, length)``, in evaluation mode; or 'nano', a folder or a hub id. text: ids, or
-    a string, cut into windows by the tokenizer (a model given by name brings its own). lengths: how many of a window's
-    first tokens are read. vectors: what the weights are thought to select, the hidden states that enter the layer (the
-    paper speaks of embeddings) or the head's values, which are what it adds up. Of each map only its last row is made.
-    """
-    if vectors not in ("values", "hidden_states"):
-        raise OptionError(f"vectors is 'hidden_states' or 'values'; got {vectors!r}.")
-    if not lengths or not top_n or min(lengths) < 2 or min(top_n) < 1:
-        raise OptionError(f"Need lengths of at least 2 and top_n of at least 1; got {lengths} and {top_n}.")
-    network, windows = _subject(model, text, tokenizer, max(lengths))
-    if network.training:
-        raise OptionError("A model in training drops units at random; call model.eval().")
-    kept: list[list[dict[str, Tensor]]] = []
-    paths: tuple[str, ...] = ()
-    for length in lengths:
-        with capture(network, vectors, layers=layers, summarize=_last_row) as trace:
-            network(windows[:, :length])
-        kept.append([])
-        for path, layer in zip(trace.paths, trace, strict=True):
-            alpha = layer.summary
-            if alpha is None:
-                raise OptionError(f"{path} shows no attention weights, so nothing is selected there; leave it out.")
-            _need_shares(alpha, f"The weights of {path}")
-            tokens = expand_groups(layer.values, alpha.shape[1]) if layer.values is not None else layer.hidden_states
-            assert tokens is not None
-            if tokens.dim() == 3:
-                tokens = tokens[:, None].expand(-1, alpha.shape[1], -1, -1)
-            kept[-1].append(_measure(tokens, alpha, top_n))
-        paths = tuple(trace.paths)
-    fields = {name: _stacked([[found[name] for found in row] for row in kept]) for name in kept[0][0]}
-    return SelectionReport(paths, tuple(lengths), tuple(top_n), **fields)
-
-
-def _last_row(layer: LayerTrace) -> Tensor | None:
-    """Weights of the last query ``(batch, heads, k_len)``."""
-    for _, rows in layer.weight_rows(1, first=layer.queries_seen - 1):
-        return rows[:, :, 0].double()
-    return None
-
-
-def _subject(model: nn.Module | str, text: Tensor | str, tokenizer: Any, length: int) -> tuple[nn.Module, Tensor]:
-    if isinstance(model, str):
-        model, own = load_text_model(model)
-        tokenizer = own if tokenizer is None else tokenizer
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise OptionError("A string needs the model's tokenizer: pass tokenizer=..., or token ids as text.")
-        ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-        text = ids[: len(ids) // length * length].view(-1, length)
-        if not len(text):
-            raise OptionError(f"The text has {len(ids)} tokens, fewer than the largest length {length}.")
-    if text.dim() != 2 or text.shape[1] < length:
-        raise ShapeError(f"Token ids are (windows, length) of at least {length} tokens; got {tuple(text.shape)}.")
-    return model, text
-
-
-def _measure(x: Tensor, alpha: Tensor, top_n: Sequence[int]) -> dict[str, Tensor]:
-    """Of one layer at one length, ``(heads,)`` or ``(heads, top_n)``."""
-    length, nothing = alpha.shape[-1], torch.full_like(alpha[..., 0], math.nan)
-    distances, ratios = _distances(x, alpha), _ratios(x, alpha)
-    running = alpha.sort(-1, descending=True).values.cumsum(-1)
-
-    def by_count(of: Callable[[int], Tensor]) -> Tensor:
-        return torch.stack([of(n) if n < length else nothing for n in top_n], -1).mean(0)
-
-    return {
-        "distance": by_count(lambda n: distances[..., n - 1]),
-        "ratio": by_count(lambda n: ratios[..., n - 1]),
-        "separability": by_count(lambda n: separability(x, alpha, n).double()),
-        "mass": by_count(lambda n: running[..., n - 1]),
-        "max_weight": alpha.amax(-1).mean(0),
-        "entropy": row_entropy(alpha).mean(0),
-        "sensitivity": jacobian_norm(alpha).mean(0),
-    }
-
-
-def _stacked(by_length: list[list[Tensor]]) -> Tensor:
-    """``(layers, heads, lengths, ...)`` of ``(heads, ...)`` by length and layer; NaN for the heads a layer lacks."""
-    heads = max(len(found) for row in by_length for found in row)
-    sample = by_length[0][0]
-    out = sample.new_full((len(by_length[0]), heads, len(by_length), *sample.shape[1:]), math.nan)
-    for at, row in enumerate(by_length):
-        for layer, found in enumerate(row):
-            out[layer, : len(found), at] = found
-    return out
-
-
 def _need_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise OptionError(f"A temperature is above 0; got {temperature}.")
 
 
-def _need_shares(alpha: Tensor, whose: str) -> None:
+def need_shares(alpha: Tensor, whose: str) -> None:
+    """OptionError where weights are no shares: negative, or not of sum 1; ``whose`` they are is said."""
     whole = alpha.sum(-1)
     if not bool((alpha >= 0).all() and ((whole - 1).abs() <= 0.01).all()):
         raise OptionError(

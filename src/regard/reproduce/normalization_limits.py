@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from regard.bench.subjects import load_subject, read_text, token_windows
-from regard.inspect.normalization_limits import (
-    KINDS,
-    SelectionReport,
-    attention_selection_report,
-    finite_difference_sensitivity,
-    jacobian_norm,
-    normalise,
-)
+from regard.inspect.normalization_limits import KINDS, finite_difference_sensitivity, jacobian_norm, normalise
+from regard.inspect.selection_report import SelectionReport, attention_selection_report
 from regard.reproduce.finding import Finding, Plot
 
 LENGTHS, DRAWS = (128, 512, 2048, 8192, 32768), 32
