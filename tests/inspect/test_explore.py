@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -79,6 +80,11 @@ def test_long_texts_are_cut_and_maps_reduced() -> None:
     assert not found.ablations and not found.head_changes
     # Nothing is attended to ahead.
     assert int(torch.triu(found.maps[1][0].int(), 1).max()) == 0
+
+
+def test_a_text_of_which_little_is_ablated_has_a_loss_all_the_same() -> None:
+    found = explore_text(load_nano(), load_tokenizer(), "def area", ablate_tokens=1)
+    assert all(math.isfinite(group.change) for group in found.ablations)
 
 
 def _element(name: str, page: str) -> str:

@@ -115,6 +115,15 @@ def test_changed_inputs_are_answered_by_the_models_own_attention() -> None:
     with intervene(layer, back), regard.capture(layer, "weights") as seen:
         torch.testing.assert_close(layer(x, causal=True), own, **EXACT)
     assert not seen[0].weights.tril(-2).any()
+    # And the queries of another text are answered, not its own.
+    with regard.capture(layer, "queries") as other:
+        layer(x.flip(1), causal=True)
+    foreign = patch_inputs("query", {(0, head): other[0].queries[:, head] for head in range(3)})
+    with intervene(layer, foreign), regard.capture(layer, "all") as seen:
+        layer(x, causal=True)
+    query, key, value = other[0].queries, seen[0].keys, seen[0].values
+    answer = regard.attention(query, key, value, "sliding_window", causal=True, window=2, sinks=0)
+    torch.testing.assert_close(seen[0].head_outputs, answer, **EXACT)
     transformers = pytest.importorskip("transformers")
     size = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_logit_softcapping": 0.5}

@@ -12,17 +12,13 @@ from torch import Tensor, nn
 
 import regard
 from regard.errors import OptionError, RetrofitError, ShapeError
+from regard.inspect.omega import decompose_score, omega, omega_svd, read_scores, svs_used
 from regard.inspect.sparse_attention_decomposition import (
     Edge,
     ablate_edge,
-    decompose_score,
     edge_signal,
     firing_edges,
-    omega,
-    omega_svd,
-    read_scores,
     score_parts,
-    svs_used,
     trace,
     upstream_contribution,
 )

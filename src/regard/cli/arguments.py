@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.table import Table
 
 from regard.cli.group import console
 from regard.errors import OptionError
@@ -22,6 +25,7 @@ __all__ = [
     "read_position",
     "read_setting",
     "save_figure",
+    "table_of",
     "written_flag",
 ]
 
@@ -75,6 +79,18 @@ def save_figure(figure: Figure, target: Path) -> None:
     picture_file(target).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=160)
     console.print(f"wrote {target}")
+
+
+def table_of(head: Sequence[str], rows: Iterable[Sequence[str]], wrap: bool = False, **style: Any) -> Table:
+    """Rows under their head: names in the first column, numbers behind. wrap: those may break their lines. style: of
+    the table."""
+    table = Table(**style)
+    for place, column in enumerate(head):
+        first = place == 0
+        table.add_column(column, justify="left" if first else "right", no_wrap=first or not wrap)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def read_causal_axes(text: str | None, axes: int) -> tuple[bool, ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.table import Table
 
-from regard.cli.arguments import leave_stopped, read_numbers, read_options, save_figure
+from regard.cli.arguments import leave_stopped, read_numbers, read_options, save_figure, table_of
 from regard.cli.group import console, main
 from regard.errors import MissingExtraError
 
@@ -189,15 +189,9 @@ def frontier_command(
 
 def frontier_table(result: Frontier, workload: str) -> Table:
     """Quality and recalled mass at a few densities, read off the measured curves."""
-    from rich.table import Table
 
     from regard.bench.frontier_page import curves
 
     head, rows = curves(result, workload)
     base = f", full attention {result.full[workload]:.3f}" if workload in result.full else ""
-    table = Table(title=f"{workload}: at a share of the pairs{base}")
-    for column in head:
-        table.add_column(column, justify="left" if column == head[0] else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return table_of(head, rows, title=f"{workload}: at a share of the pairs{base}")

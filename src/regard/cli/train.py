@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
-from regard.cli.arguments import leave_stopped, read_numbers, read_options, save_figure
+from regard.cli.arguments import leave_stopped, read_numbers, read_options, save_figure, table_of
 from regard.cli.group import console, main
 from regard.errors import MissingExtraError, OptionError
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from regard.bench.study import Outcome, Study, StudyResult
 
 __all__ = ["language_command", "study_table", "train_command"]
+
+_PLAIN: dict[str, Any] = {"box": None, "header_style": "bold", "pad_edge": False}
 
 
 @main.command("train")
@@ -130,12 +132,8 @@ def _train_many(studies: list[Study], out: Path | None, report: Path | None, com
     if results:
         head, rows = batch_rows(results)
         for part in range(1, len(head), 5):
-            table = Table(box=None, header_style="bold", pad_edge=False)
-            for column in (head[0], *head[part : part + 5]):
-                table.add_column(column, justify="left" if column == head[0] else "right", no_wrap=True)
-            for row in rows:
-                table.add_row(row[0], *row[part : part + 5])
-            console.print(table)
+            cells = [(row[0], *row[part : part + 5]) for row in rows]
+            console.print(table_of((head[0], *head[part : part + 5]), cells, **_PLAIN))
             console.print()
         if out is not None:
             console.print(f"wrote {out}")
@@ -152,13 +150,8 @@ def study_table(result: StudyResult) -> Table:
 
     facts = result.fingerprint
     score = TASKS[facts["task"]].at(facts["length"]).metric
-    table = Table(title=f"{facts['task']}: {score} after {facts['seconds']:.0f} s at {facts['length']} tokens")
-    head, rows = rows_of(result)
-    for column in head:
-        table.add_column(column, justify="left" if column == "mechanism" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
+    title = f"{facts['task']}: {score} after {facts['seconds']:.0f} s at {facts['length']} tokens"
+    return table_of(*rows_of(result), title=title)
 
 
 @main.command("language")
@@ -220,13 +213,7 @@ def language_command(
         except KeyboardInterrupt:
             stopped = True
     for result in found:
-        head, rows = language_rows(result)
-        shown = Table(box=None, header_style="bold", pad_edge=False)
-        for column in head:
-            shown.add_column(column, justify="left" if column == head[0] else "right", no_wrap=column == head[0])
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
+        console.print(table_of(*language_rows(result), wrap=True, **_PLAIN))
         if report is not None:
             save_figure(draw_languages(result), report.parent / "pictures" / f"{report.stem}.png")
             console.print(f"wrote {report}")

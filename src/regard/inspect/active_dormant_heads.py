@@ -36,7 +36,7 @@ from regard.errors import OptionError, ShapeError
 from regard.inspect.capture import LayerTrace, capture
 from regard.inspect.intervene import ablate_heads, intervene
 from regard.inspect.loading import token_logits
-from regard.kernels import expand_groups
+from regard.kernels import accumulation_dtype, expand_groups
 from regard.retrofit.sites import discover
 
 __all__ = [
@@ -297,7 +297,7 @@ def _ratio(norms: Tensor, k: int, mask: Tensor | None) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     """Sums over many tokens do not fit into half precision."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(accumulation_dtype(x.dtype))
 
 
 def _check(tensor: Tensor, least: int, what: str) -> None:

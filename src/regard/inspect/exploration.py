@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -48,24 +49,103 @@ def explore_text(
     where a model reads one alone.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return _of_translation(model, tokenizer, text, second, name, max_tokens, ablate_tokens, progress)
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        return _of_encoder(model, tokenizer, text, second, name, max_tokens, ablate_tokens, progress)
+        reading = _translation(model, tokenizer, text, second, max_tokens, progress)
+    elif type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        reading = _continuation(model, tokenizer, text, second, max_tokens, progress)
+    else:
+        reading = _encoding(model, tokenizer, text, second, max_tokens, progress)
+    tokens, source = reading.tokens, reading.source.shape[1]
+    progress(f"attention of {source + tokens.shape[1]} tokens")
+    ids = torch.cat((reading.source, tokens), 1)[0].tolist()
+    shown = [str(tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in ids]
+    causal = reading.predicts and not source
+    found, answer = look(model, partial(reading.run, tokens), name, shown, causal, _of_text, reading.spans)
+    gain = None
+    if reading.predicts:
+        each = F.cross_entropy(answer[0, :-1].float(), tokens[0, 1:], reduction="none")
+        found.losses = [None] * (source + 1) + [round(value, 3) for value in each.tolist()]
+    if causal:
+        gain = _roles(model, tokenizer, text, reading, answer.shape[-1], found, progress)
+    if ablate_tokens:
+        # Of a single token nothing is predicted.
+        short = tokens[:, : max(ablate_tokens, 2)]
+        loss = partial(_next_token_loss, short) if reading.predicts else None
+        ablate_all(model, partial(reading.run, short), found, loss, gain, progress)
+    return found
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How a model reads: ``run`` on ``tokens`` ``(1, length)`` or the first of them; ``source``: what its encoder reads
+    besides, empty without one; ``predicts``: whether the answer at a token is of the next one."""
+
+    tokens: Tensor
+    run: Callable[[Tensor], Tensor]
+    predicts: bool
+    source: Tensor = field(default_factory=lambda: torch.zeros(1, 0, dtype=torch.int64))
+    spans: list[Span] | None = None
+
+
+def _continuation(
+    model: nn.Module, tokenizer: Any, text: str, second: str | None, max_tokens: int, progress: Progress
+) -> _Reading:
     if second is not None:
         raise OptionError("This model reads one text from left to right; write the second one behind the first.")
     start = tokenizer.bos_token_id
     ids = tokenizer(text, add_special_tokens=start is None, verbose=False)["input_ids"]
     tokens = _cut(([] if start is None else [start]) + list(ids), max_tokens, progress)
+    return _Reading(tokens, lambda given: model_answer(model(input_ids=given)), True)
+
+
+def _encoding(
+    model: nn.Module, tokenizer: Any, text: str, second: str | None, max_tokens: int, progress: Progress
+) -> _Reading:
+    read = tokenizer(text, second, verbose=False)
+    # Which of the two texts each token is of, where a model asks.
+    types = None if second is None else read.get("token_type_ids")
 
     def run(given: Tensor) -> Tensor:
-        return model_answer(model(input_ids=given))
+        more = {} if types is None else {"token_type_ids": torch.tensor([types])[:, : given.shape[1]]}
+        return model_answer(model(input_ids=given, **more))
 
-    progress(f"attention of {tokens.shape[1]} tokens")
-    found, logits = look(model, partial(run, tokens), name, _shown(tokenizer, tokens), True, _of_text)
-    found.losses = [None, *_next_token_losses(logits, tokens)]
+    return _Reading(_cut(read["input_ids"], max_tokens, progress), run, False)
+
+
+def _translation(
+    model: nn.Module, tokenizer: Any, text: str, second: str | None, max_tokens: int, progress: Progress
+) -> _Reading:
+    source = _cut(tokenizer(text, verbose=False)["input_ids"], max_tokens, progress)
+    translator: Any = model
+    if second is None:
+        progress("what the model writes")
+        limit = min(_WRITTEN, max_tokens - 1)
+        ids = translator.generate(input_ids=source, max_new_tokens=limit, do_sample=False)[0].tolist()
+    else:
+        start = translator.config.decoder_start_token_id
+        ids = ([] if start is None else [start]) + list(tokenizer(text_target=second, verbose=False)["input_ids"])
+    target = _cut(ids, max_tokens, progress)
+
+    def run(given: Tensor) -> Tensor:
+        return model_answer(model(input_ids=source, decoder_input_ids=given, use_cache=False))
+
+    return _Reading(target, run, True, source, _spans(model, source.shape[1], target.shape[1]))
+
+
+def _roles(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    reading: _Reading,
+    vocab: int,
+    found: Exploration,
+    progress: Progress,
+) -> Callable[[], float] | None:
+    """Roles and retrieval of a causal model's heads, into ``found``; returns what tells how much a second writing of
+    the text gains, None of texts too short."""
     progress("roles on repeated tokens")
+    start = tokenizer.bos_token_id
     prefix = None if start is None else torch.tensor([[start]])
-    roles = head_roles(model, run, logits.shape[-1], prefix=prefix)
+    roles = head_roles(model, reading.run, vocab, prefix=prefix)
     found.roles = roles.roles
     for role in ("previous", "duplicate", "induction"):
         found.metrics[f"{role}, repeated tokens"] = _table(roles.scores[role])
@@ -74,77 +154,8 @@ def explore_text(
     # A model that finds no needle has no heads that are known to.
     if len(retrieval.by_context):
         found.metrics["retrieval"] = _table(retrieval.scores)
-    if ablate_tokens:
-        short = tokens[:, :ablate_tokens]
-        repeated = tokens[:, start is not None :][:, :_REPEATED]
-        gain = partial(_repetition_gain, run, repeated, prefix) if repeated.shape[1] > 1 else None
-        ablate_all(model, partial(run, short), found, partial(_next_token_loss, short), gain, progress)
-    return found
-
-
-def _of_encoder(
-    model: nn.Module,
-    tokenizer: Any,
-    text: str,
-    second: str | None,
-    name: str,
-    max_tokens: int,
-    ablate_tokens: int,
-    progress: Progress,
-) -> Exploration:
-    given = tokenizer(text, second, verbose=False)
-    tokens = _cut(given["input_ids"], max_tokens, progress)
-    # Which of the two texts each token is of, where a model asks.
-    types = given.get("token_type_ids")
-    more = {} if types is None or second is None else {"token_type_ids": torch.tensor([types])[:, :max_tokens]}
-
-    def run(count: int) -> Tensor:
-        return model_answer(
-            model(input_ids=tokens[:, :count], **{key: value[:, :count] for key, value in more.items()})
-        )
-
-    progress(f"attention of {tokens.shape[1]} tokens")
-    found, _ = look(model, partial(run, max_tokens), name, _shown(tokenizer, tokens), False, _of_text)
-    if ablate_tokens:
-        ablate_all(model, partial(run, ablate_tokens), found, None, None, progress)
-    return found
-
-
-def _of_translation(
-    model: nn.Module,
-    tokenizer: Any,
-    text: str,
-    second: str | None,
-    name: str,
-    max_tokens: int,
-    ablate_tokens: int,
-    progress: Progress,
-) -> Exploration:
-    source = _cut(tokenizer(text, verbose=False)["input_ids"], max_tokens, progress)
-    config: Any = model.config
-    start = config.decoder_start_token_id
-    if second is None:
-        progress("what the model writes")
-        answers: Any = model
-        written = answers.generate(input_ids=source, max_new_tokens=min(_WRITTEN, max_tokens - 1), do_sample=False)
-        target = _cut(written[0].tolist(), max_tokens, progress)
-    else:
-        ids = tokenizer(text_target=second, verbose=False)["input_ids"]
-        target = _cut(([] if start is None else [start]) + list(ids), max_tokens, progress)
-
-    def run(given: Tensor) -> Tensor:
-        return model_answer(model(input_ids=source, decoder_input_ids=given, use_cache=False))
-
-    progress(f"attention of {source.shape[1]} and {target.shape[1]} tokens")
-    shown = _shown(tokenizer, source) + _shown(tokenizer, target)
-    spans = _spans(model, source.shape[1], target.shape[1])
-    found, logits = look(model, partial(run, target), name, shown, False, _of_text, spans)
-    found.losses = [None] * (source.shape[1] + 1)
-    found.losses += _next_token_losses(logits, target)
-    if ablate_tokens:
-        short = target[:, : max(ablate_tokens, 2)]
-        ablate_all(model, partial(run, short), found, partial(_next_token_loss, short), None, progress)
-    return found
+    repeated = reading.tokens[:, start is not None :][:, :_REPEATED]
+    return partial(_repetition_gain, reading.run, repeated, prefix) if repeated.shape[1] > 1 else None
 
 
 @torch.no_grad()
@@ -223,12 +234,6 @@ def _repetition_gain(run: Callable[[Tensor], Tensor], tokens: Tensor, prefix: Te
     return round(first - second, 5)
 
 
-def _next_token_losses(logits: Tensor, tokens: Tensor) -> list[float]:
-    """Nats of each token but the first."""
-    each = F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="none")
-    return [round(value, 3) for value in each.tolist()]
-
-
 def _next_token_loss(tokens: Tensor, logits: Tensor) -> float:
     return float(F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:]))
 
@@ -243,8 +248,3 @@ def _cut(ids: list[int], max_tokens: int, progress: Progress) -> Tensor:
     if len(ids[:max_tokens]) < 2:
         raise OptionError("The text has fewer than two tokens; there is nothing to attend to.")
     return torch.tensor([ids[:max_tokens]])
-
-
-def _shown(tokenizer: Any, tokens: Tensor) -> list[str]:
-    """The text of each token."""
-    return [str(tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in tokens[0].tolist()]

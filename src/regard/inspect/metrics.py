@@ -19,6 +19,7 @@ from torch import Tensor
 
 from regard.errors import ShapeError
 from regard.inspect.capture import LayerTrace
+from regard.kernels import accumulation_dtype
 
 __all__ = [
     "METRICS",
@@ -193,8 +194,7 @@ def _over_pairs(weights: Tensor, pairs: Tensor) -> Tensor:
 
 def shares(weights: Tensor) -> Tensor:
     """Rows of ``(..., q_len, k_len)`` without signs, over their sums, in at least float32; 0 where nothing is seen."""
-    wide = weights.abs()
-    wide = wide.float() if weights.dtype in (torch.float16, torch.bfloat16) else wide
+    wide = weights.abs().to(accumulation_dtype(weights.dtype))
     return wide / wide.sum(-1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
 
 

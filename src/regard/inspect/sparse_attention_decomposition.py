@@ -29,13 +29,8 @@ from torch import Tensor, nn
 from regard.errors import OptionError, ShapeError
 from regard.inspect.intervene import Edit, Head, intervene
 from regard.inspect.omega import (
-    OmegaSVD,
     ScoreCache,
-    decompose_score,
-    omega,
-    omega_svd,
     read_scores,
-    svs_used,
     with_one,
 )
 from regard.retrofit.sites import discover
@@ -43,18 +38,11 @@ from regard.retrofit.switch import Call
 
 __all__ = [
     "Edge",
-    "OmegaSVD",
-    "ScoreCache",
     "ScoreParts",
     "ablate_edge",
-    "decompose_score",
     "edge_signal",
     "firing_edges",
-    "omega",
-    "omega_svd",
-    "read_scores",
     "score_parts",
-    "svs_used",
     "trace",
     "upstream_contribution",
 ]

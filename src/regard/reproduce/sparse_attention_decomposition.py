@@ -15,7 +15,8 @@ from regard.bench.training import evaluate, fit
 from regard.inspect.capture import capture
 from regard.inspect.intervene import Head
 from regard.inspect.metrics import previous_token_mass
-from regard.inspect.sparse_attention_decomposition import ablate_edge, read_scores, trace
+from regard.inspect.omega import read_scores
+from regard.inspect.sparse_attention_decomposition import ablate_edge, trace
 from regard.models.attention_only import AttentionOnlyModel
 from regard.reproduce.finding import Finding, Plot
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from regard.errors import MissingExtraError, RetrofitError, UnsupportedMaskError
 from regard.retrofit.reading import Reading, read_mask
 from regard.retrofit.sites import Site, interface_method
-from regard.retrofit.switch import Call, Patches, Replacement, respond, softmax_attention, switches
+from regard.retrofit.switch import SOFTMAX, Call, Patches, respond, switches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -183,17 +183,16 @@ def _attention(
         _refuse_meaningful(switch.site, attention_mask, kwargs)
     wanted = bool(kwargs.get("output_attentions")) or any(_weights_wanted)
     wanted = wanted or bool(getattr(getattr(module, "config", None), "output_attentions", False))
-    asked = Call(query, key, value, read, scaling, dropout, decoding=decoding)
 
     def own(call: Call) -> tuple[Tensor, Tensor | None]:
-        if call.read is asked.read and call.key.shape[2] == key.shape[2]:
+        if call.read is read:
             seen = (call.query, call.key, call.value, attention_mask)
             return own_attention(module, *seen, dropout=dropout, scaling=call.scale, **kwargs)
         # The model's own would not know another mask.
         _refuse_meaningful(switch.site, attention_mask, kwargs)
-        return respond(switch.site, Replacement(softmax_attention()), call, wanted)
+        return respond(switch.site, SOFTMAX, call, wanted)
 
-    return switch.run(asked, own, wanted)
+    return switch.run(Call(query, key, value, read, scaling, dropout, decoding=decoding), own, wanted)
 
 
 def _refuse_meaningful(site: Site, mask: Any, kwargs: dict[str, Any]) -> None:

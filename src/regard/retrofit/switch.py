@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard.cache import EvictingCache, KeyValueCache
+from regard.dense.full import FullAttention
 from regard.errors import RetrofitError, ShapeError, UnsupportedMaskError, UnsupportedPatternError
 from regard.kernels import accumulation_dtype, expand_groups, masked_softmax, score_scale
 from regard.mechanism import Mechanism
-from regard.registry import build
 from regard.retrofit.reading import Reading
 from regard.retrofit.sites import Site
 
 __all__ = [
+    "SOFTMAX",
     "Call",
     "Decoding",
     "DropoutPolicy",
@@ -40,7 +41,6 @@ __all__ = [
     "implied_weights",
     "name_of",
     "respond",
-    "softmax_attention",
     "switches",
 ]
 
@@ -126,6 +126,10 @@ class Replacement:
         """Who answers this call."""
         later = call.query.shape[2] == 1 and call.reading.keys > 1
         return self.decode if self.decode is not None and later else self.mechanism
+
+
+SOFTMAX = Replacement(FullAttention())
+"""Softmax attention over all that a call may see."""
 
 
 @dataclass(eq=False)
@@ -235,13 +239,6 @@ class Switch:
         if self.editors and weights is not None:
             weights = telling()
         return output, weights
-
-
-def softmax_attention() -> Mechanism:
-    """Softmax attention over all that a call may see."""
-    found = build("full", {})
-    assert isinstance(found, Mechanism)
-    return found
 
 
 def name_of(mechanism: Mechanism) -> str:

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.dense.full import FullAttention
 from regard.errors import RetrofitError
 from regard.masks import Boolean, Mask
 from regard.mechanism import Mechanism
 from regard.retrofit.reading import Reading, read_mask
 from regard.retrofit.sites import Site
-from regard.retrofit.switch import Call, Patches, Replacement, implied_weights, name_of, respond, switches
+from regard.retrofit.switch import SOFTMAX, Call, Patches, implied_weights, name_of, respond, switches
 
 __all__ = ["open_mechanism", "open_multihead"]
 
@@ -155,7 +154,7 @@ def _multihead_forward(
         return read_mask(mask, q.shape[2], k.shape[2], is_causal and mask is None)
 
     call = Call(q, k, v, read, dropout=module.dropout if module.training else 0.0)
-    own = partial(respond, switch.site, Replacement(_FULL), want_weights=need_weights)
+    own = partial(respond, switch.site, SOFTMAX, want_weights=need_weights)
     if need_weights and switch.replacement is not None and not switch.replacement.mechanism.value_linear:
         raise RetrofitError(
             f"{switch.site.path}: {name_of(switch.replacement.mechanism)} implies no attention weights; call "
@@ -170,9 +169,6 @@ def _multihead_forward(
     if not batched:
         return output[0], None if weights is None else weights[0]
     return output if module.batch_first else output.transpose(0, 1), weights
-
-
-_FULL = FullAttention()
 
 
 def _project(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
